@@ -9,7 +9,6 @@ Comments at the end of a line give the size of the feature map, then the recepti
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 
 class Dropout(nn.Dropout):

@@ -1,5 +1,7 @@
 """M1: set-up, skeleton, lighter model."""
 
+import time
+
 import torch
 
 import utils
@@ -9,7 +11,7 @@ BATCH_SIZE = 128  # small enough for many steps in 15 epochs, large enough to ke
 MAX_LR = 0.002  # constant; without batch norm a higher rate makes the loss jump
 WEIGHT_DECAY = 0.01
 AUGMENT = None  # comes with M3
-AVERAGE_DECAY = 0.998  # the average spans about one epoch of steps: long enough to smooth, short enough to follow
+AVERAGE_DECAY = 0.998  # spans about one epoch: long enough to smooth, short enough to follow
 
 
 def main():
@@ -25,10 +27,13 @@ def main():
         utils.print_table(model)
         history = utils.resume(args, seed, config, parts)
         for epoch in range(len(history) + 1, args.epochs + 1):
-            seconds = utils.clock()
-            trained = utils.train(model, average, data, optimizer, scheduler, args, epoch, AUGMENT, AVERAGE_DECAY)
+            start = time.perf_counter()
+            trained = utils.train(
+                model, average, data, optimizer, scheduler, args, epoch, AUGMENT, AVERAGE_DECAY
+            )
             tested = utils.evaluate(average, data.test_images, data.test_labels)[:2]
-            utils.log_epoch(history, optimizer.param_groups[0]["lr"], trained, tested, seconds())
+            seconds = time.perf_counter() - start
+            utils.log_epoch(history, optimizer.param_groups[0]["lr"], trained, tested, seconds)
             utils.save_checkpoint(args, seed, config, parts, history)
         histories.append(history)
         summaries.append(utils.save_outputs(args, seed, config, average, history))

@@ -1,0 +1,134 @@
+"""A small generated digit set and a way to run the scripts on it."""
+
+import gzip
+import hashlib
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+sys.dont_write_bytecode = True
+
+import utils
+
+# Seven segments: top, upper left, upper right, middle, lower left, lower right, bottom.
+SEGMENTS = (
+    "1110111",
+    "0010010",
+    "1011101",
+    "1011011",
+    "0111010",
+    "1101011",
+    "1101111",
+    "1010010",
+    "1111111",
+    "1111011",
+)
+BOXES = (
+    (4, 6, 8, 20),
+    (4, 15, 8, 10),
+    (4, 15, 18, 20),
+    (13, 15, 8, 20),
+    (13, 24, 8, 10),
+    (13, 24, 18, 20),
+    (22, 24, 8, 20),
+)
+
+
+def draw_digits(count, seed):
+    """Return `count` noisy seven-segment digits as uint8 (count, 28, 28) and their labels (count,)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 10
+    images = torch.zeros(count, 28, 28)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        for lit, (top, bottom, left, right) in zip(SEGMENTS[label], BOXES, strict=True):
+            if lit == "1":
+                image[top:bottom, left:right] = 0.9
+    images += 0.1 * torch.rand(images.shape, generator=generator)
+    return (images * 255).to(torch.uint8), labels.to(torch.uint8)
+
+
+def idx(tensor):
+    """Return a uint8 tensor as the content of an IDX file."""
+    return (
+        struct.pack(f">BBBB{tensor.dim()}I", 0, 0, 8, tensor.dim(), *tensor.shape) + tensor.numpy().tobytes()
+    )
+
+
+@pytest.fixture(scope="session")
+def contents():
+    """The four IDX files' contents by name, 600 images to train on and 200 to test."""
+    train_images, train_labels = draw_digits(600, 1)
+    test_images, test_labels = draw_digits(200, 2)
+    return dict(zip(utils.MD5, map(idx, (train_images, train_labels, test_images, test_labels)), strict=True))
+
+
+@pytest.fixture(scope="session")
+def sums(contents):
+    return {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
+
+
+@pytest.fixture
+def small_md5(monkeypatch, sums):
+    """Let the reader take the generated files for MNIST."""
+    monkeypatch.setattr(utils, "MD5", sums)
+
+
+def place(contents, directory, packed=False):
+    """Write the four files into `directory`, plain or as .gz."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        if packed:
+            (directory / f"{name}.gz").write_bytes(gzip.compress(content, 1))
+        else:
+            (directory / name).write_bytes(content)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def data_dir(contents, tmp_path_factory):
+    return place(contents, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def run_script(sums, data_dir, tmp_path):
+    """Run a training script as a process of its own that takes the generated set for MNIST."""
+
+    def run(script, *options, data=data_dir, output="out", start=subprocess.run, **environment):
+        code = f"import runpy, sys, utils; utils.MD5 = {sums!r}; sys.argv = sys.argv[1:]; "
+        code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+        env = {k: v for k, v in os.environ.items() if not k.startswith("SM_")}
+        env |= {
+            "PYTHONPATH": str(ROOT),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
+        command = [sys.executable, "-c", code, str(ROOT / script), "--device", "cpu", "--data-dir", str(data)]
+        command += ["--output-dir", str(tmp_path / output), "--images-dir", str(tmp_path / output / "images")]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return start([*command, *options], cwd=tmp_path, env=env, **pipes)
+
+    return run
+
+
+@pytest.fixture
+def rotate():
+    """Rotate a (1, 1, H, W) image by whole quarter turns the plain way, to compare with."""
+    return lambda image, quarters: torch.rot90(image, quarters, (2, 3))
+
+
+@pytest.fixture
+def blob():
+    """A (1, 1, 28, 28) image with one soft dot above the centre."""
+    image = torch.zeros(1, 1, 28, 28)
+    image[0, 0, 6, 14] = 1
+    return F.avg_pool2d(image, 3, 1, 1) * 9

@@ -1,0 +1,170 @@
+"""The four scripts as processes of their own, on the generated digits, and the command line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+import models
+import utils
+
+LINE = r"epoch=\d+ lr=[0-9.]+ train_loss=[0-9.]+ train_acc=[0-9.]+ test_loss=[0-9.]+ test_acc=[0-9.]+ seconds=[0-9.]+"
+
+
+def history(directory):
+    epochs = json.loads((directory / "metrics.json").read_text())["history"]
+    return [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in epochs]
+
+
+def same_weights(one, other):
+    one, other = (torch.load(d / "model.pt", weights_only=True) for d in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", ["M1", "M2", "M3", "M4"])
+def test_script_runs_to_the_end(name, run_script, tmp_path):
+    done = run_script(f"train_{name}.py", "--epochs", "2", "--batch_size", "32")
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert [bool(re.fullmatch(LINE, line)) for line in lines[:3]] == [True, True, False]
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "images", "metrics.json", "model.pt"]
+    model = getattr(models, f"MNIST_CNN_{name}")()
+    model.load_state_dict(torch.load(out / "model.pt", weights_only=True))
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics) == {"model", "parameters", "seed", "config", "environment", "history", "summary"}
+    assert metrics["parameters"] == sum(p.numel() for p in model.parameters())
+    assert metrics["config"]["batch_size"] == 32 and metrics["model"] == name and metrics["seed"] == 1
+    keys = ["epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds"]
+    assert [list(epoch) for epoch in metrics["history"]] == [keys] * 2
+    accuracies = [epoch["test_acc"] for epoch in metrics["history"]]
+    assert metrics["summary"]["best_test_acc"] == max(accuracies)
+    assert metrics["summary"]["last5_min"] == min(accuracies)
+    assert metrics["summary"]["final_test_acc"] == accuracies[-1]
+    for what in ("training", "misclassified"):
+        picture = imread(out / "images" / f"{name}_{what}.png")
+        assert min(picture.shape[:2]) > 100 and picture[..., :3].std() > 0.02
+    # What the saved weights score is what the last epoch says.
+    from conftest import draw_digits
+
+    images, labels = draw_digits(200, 2)
+    scored = utils.evaluate(model, images.unsqueeze(1), labels.long())[1]
+    assert scored == pytest.approx(accuracies[-1])
+
+
+def test_same_seed_same_figures_and_other_seed_others(run_script, tmp_path):
+    for output, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        assert run_script("train_M4.py", "--epochs", "1", "--seeds", seed, output=output).returncode == 0
+    assert history(tmp_path / "a") == history(tmp_path / "b") != history(tmp_path / "c")
+    assert same_weights(tmp_path / "a", tmp_path / "b") and not same_weights(tmp_path / "a", tmp_path / "c")
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_same(run_script, tmp_path):
+    options = ("--epochs", "4", "--batch-size", "16")
+    assert run_script("train_M4.py", *options, output="whole").returncode == 0
+    process = run_script("train_M4.py", *options, output="killed", start=subprocess.Popen)
+    process.stdout.readline(), process.stdout.readline()
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    done = run_script("train_M4.py", *options, "--resume", output="killed")
+    assert done.returncode == 0 and "epoch=1 " not in done.stdout and "epoch=4 " in done.stdout
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+    assert same_weights(tmp_path / "killed", tmp_path / "whole")
+    for change, word in (
+        (("--epochs", "5"), "epochs"),
+        (("--max-lr", "0.5"), "max_lr"),
+        (("--seeds", "2"), "seed"),
+    ):
+        done = run_script("train_M4.py", *options, *change, "--resume", output="killed")
+        assert done.returncode == 2 and word in done.stderr and len(done.stderr.splitlines()) == 1
+    done = run_script("train_M3.py", *options, "--resume", output="killed")
+    assert done.returncode == 2 and "M4" in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGTERM there")
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_with_the_command_that_resumes(run_script, number, status):
+    process = run_script("train_M2.py", "--epochs", "500", start=subprocess.Popen)
+    process.stdout.readline()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == status and "--resume" in err and "Traceback" not in err
+
+
+def test_several_seeds_and_a_missed_target(run_script, tmp_path):
+    done = run_script("train_M2.py", "--epochs", "1", "--seeds", "[5, 6]", "--target", "99.9")
+    assert done.returncode == 3 and "missed" in done.stdout
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [row["seed"] for row in summary["seeds"]] == [5, 6]
+    finals = [history(tmp_path / "out" / f"seed-{seed}")[-1]["test_acc"] for seed in (5, 6)]
+    assert summary["final_test_acc"]["mean"] == pytest.approx(sum(finals) / 2)
+    assert summary["final_test_acc"]["min"] == min(finals)
+
+
+def test_damaged_channel_and_checkpoint_exit_with_2(run_script, tmp_path):
+    done = run_script("train_M1.py", "--output-dir", str(tmp_path / "file" / "x"), "--limit", "9999")
+    assert done.returncode == 2 and "--limit" in done.stderr and len(done.stderr.splitlines()) == 1
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    done = run_script("train_M1.py", "--resume")
+    assert done.returncode == 2 and "checkpoint" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+MISTAKES = [
+    ("--epochs 0", "1 or more"),
+    ("--epochs 3.0", "3.0"),
+    ("--batch-size 1", "2 to 60,000"),
+    ("--max-lr nan", "nan"),
+    ("--max-lr -1", "--max-lr"),
+    ("--max-lr inf", "inf"),
+    ("--seeds -1", "--seeds"),
+    ("--seeds 1 1", "--seeds"),
+    ("--seeds x", "x"),
+    ("--seeds []", "--seeds"),
+    ("--device tpu", "tpu"),
+    ("--device cuda:99", "cuda:99"),
+    ("--holdout 59001", "59,000"),
+    ("--limit 0", "--limit"),
+    ("--target 101", "101"),
+    ("--resume perhaps", "perhaps"),
+    ("--epoch 3", "--epochs"),
+    ("--lernrate 3", "--help"),
+]
+
+
+@pytest.mark.parametrize("options, word", MISTAKES)
+def test_a_mistake_is_told_in_one_line(options, word, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        utils.parse_args("M4", "", 128, 0.01, options.split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and word in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_sagemaker_sets_the_defaults(monkeypatch, tmp_path):
+    for name in ("MODEL_DIR", "OUTPUT_DATA_DIR", "CHANNEL_TRAIN"):
+        monkeypatch.setenv(f"SM_{name}", str(tmp_path / name))
+    argv = ["--batch_size", "64", "--resume", "true", "--_tuning_objective_metric", "test:accuracy"]
+    args = utils.parse_args("M4", "", 128, 0.01, argv)
+    assert (args.batch_size, args.resume, args.read_only_data) == (64, True, True)
+    assert args.output_dir == tmp_path / "MODEL_DIR" and args.images_dir == tmp_path / "OUTPUT_DATA_DIR"
+    assert args.data_dir == tmp_path / "CHANNEL_TRAIN" and not args.data_dir.exists()
+    monkeypatch.setenv("SM_CHANNEL_TRAINING", str(tmp_path / "first"))
+    assert utils.parse_args("M4", "", 128, 0.01, []).data_dir == tmp_path / "first"
+
+
+def test_two_scripts_differ_in_model_recipe_and_docstring_only():
+    root = Path(utils.__file__).parent
+    bodies = []
+    for name in ("M3", "M4"):
+        body = (root / f"train_{name}.py").read_text().partition("def main")[2]
+        bodies.append(body.replace(name, "Mx"))
+    assert bodies[0] == bodies[1] and "for epoch in" in bodies[0]

@@ -1,0 +1,109 @@
+"""Augmentation, weight average, schedule, evaluation."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import models
+import utils
+
+NONE = {"rotation": 0, "shear": 0, "scale": 0, "shift": 0}
+
+
+def test_no_strength_is_the_identity():
+    pixels = torch.rand(5, 1, 28, 28)
+    assert torch.allclose(utils.augment_batch(pixels, **NONE), pixels, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [{"rotation": 20}, {"shear": 20}, {"scale": 0.3}, {"shift": 0.2}])
+def test_each_image_gets_its_own_draw(limit, blob):
+    torch.manual_seed(0)
+    out = utils.augment_batch(blob.expand(16, 1, 28, 28), **(NONE | limit))
+    assert out.shape == (16, 1, 28, 28) and out.min() >= 0 and out.max() <= 1.0001
+    assert all(not torch.allclose(out[i], out[j], atol=1e-3) for i in range(16) for j in range(i))
+
+
+def fixed_draw(monkeypatch, *values):
+    """Let the five draws be `values`, each from -1 to 1."""
+    monkeypatch.setattr(
+        torch, "rand", lambda *shape: (torch.tensor(values) + 1).div(2).view(5, 1).expand(shape)
+    )
+
+
+def test_known_rotation_lands_where_it_should(monkeypatch, blob, rotate):
+    fixed_draw(monkeypatch, 1.0, 0, 0, 0, 0)
+    out = utils.augment_batch(blob, **(NONE | {"rotation": 90}))
+    assert torch.allclose(out, rotate(blob, 1), atol=1e-4) or torch.allclose(out, rotate(blob, -1), atol=1e-4)
+    assert not torch.allclose(out, blob, atol=0.1)
+
+
+def test_known_shift_and_scale(monkeypatch, blob):
+    fixed_draw(monkeypatch, 0, 0, 0, 1.0, 0)
+    out = utils.augment_batch(blob, **(NONE | {"shift": 0.25}))
+    assert torch.allclose(out, torch.roll(blob, -7, 3), atol=1e-4)
+    fixed_draw(monkeypatch, 0, 0, 1.0, 0, 0)
+    square = torch.zeros(1, 1, 28, 28)
+    square[..., 9:19, 9:19] = 1
+    assert utils.augment_batch(square, **(NONE | {"scale": 0.5})).sum().item() == pytest.approx(225, rel=0.05)
+
+
+def test_draws_keep_to_their_limits(blob):
+    torch.manual_seed(0)
+    out = utils.augment_batch(blob.expand(500, 1, 28, 28), **(NONE | {"shift": 0.1}))
+    columns = (out.sum((1, 2)) * torch.arange(28)).sum(1) / out.sum((1, 2, 3))
+    assert columns.min() > 14 - 2.9 and columns.max() < 14 + 2.9 and columns.std() > 1.2
+
+
+def test_one_cycle_follows_torch():
+    weight = nn.Parameter(torch.zeros(1))
+    ours, theirs = (torch.optim.SGD([weight], 0.1) for _ in range(2))
+    schedule = utils.one_cycle(ours, 0.02, 3, 1000, 128, 0.25)
+    reference = torch.optim.lr_scheduler.OneCycleLR(theirs, 0.02, epochs=3, steps_per_epoch=8, pct_start=0.25)
+    rates = []
+    for step in range(24):
+        rates.append(ours.param_groups[0]["lr"])
+        assert rates[-1] == pytest.approx(theirs.param_groups[0]["lr"])
+        ours.step()
+        theirs.step()
+        if step < 23:
+            schedule.step()
+            reference.step()
+    assert rates[0] == pytest.approx(0.02 / 25) and max(rates) == pytest.approx(0.02)
+    assert rates[-1] == pytest.approx(0.02 / 25 / 1e4)
+
+
+def test_average_follows_the_weights():
+    model, average = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    with torch.no_grad():
+        (model.weight.fill_(3), model.running_mean.fill_(5), model.num_batches_tracked.fill_(7))
+    utils.update_average(average, model, 0.9, 10_000)
+    assert average.weight.tolist() == pytest.approx([1.2, 1.2])
+    assert average.running_mean.tolist() == pytest.approx([0.5, 0.5])
+    assert average.num_batches_tracked == 7
+    utils.update_average(average, model, 0.9, 0)
+    assert average.weight.tolist() == pytest.approx([0.1 * 1.2 + 0.9 * 3] * 2)
+
+
+def test_evaluation_is_exact_and_never_augmented(monkeypatch):
+    monkeypatch.setattr(utils, "augment_batch", lambda *_, **__: pytest.fail("augmented"))
+    torch.manual_seed(0)
+    model = models.MNIST_CNN_M4(0.5)
+    images, labels = (torch.randint(0, 256, (37, 1, 28, 28), dtype=torch.uint8), torch.arange(37) % 10)
+    loss, accuracy, logits = utils.evaluate(model, images, labels, batch_size=10)
+    whole = model.eval()(utils.normalize(images / 255.0)).detach()
+    assert torch.allclose(logits, whole, atol=1e-5)
+    assert loss == pytest.approx(nn.functional.cross_entropy(whole, labels).item(), rel=1e-5)
+    assert accuracy == pytest.approx(100 * (whole.argmax(1) == labels).double().mean().item())
+
+
+def test_a_loss_that_is_no_number_stops_the_run():
+    model = models.MNIST_CNN_M4()
+    with torch.no_grad():
+        model.conv1.weight.fill_(float("nan"))
+    data = utils.Data(torch.zeros(16, 1, 28, 28), torch.zeros(16, dtype=torch.long), None, None)
+    args = SimpleNamespace(device=torch.device("cpu"), batch_size=8, epochs=3, max_lr=0.1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(utils.UserError, match="epoch 2, step 1"):
+        utils.train(model, models.MNIST_CNN_M4(), data, optimizer, None, args, 2)
