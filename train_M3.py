@@ -1,4 +1,13 @@
-"""M3: capacity, max-pool position, augmentation, OneCycle."""
+"""M3: capacity, max-pool position, augmentation, OneCycle.
+
+TARGET    More filters where M2 underfits, the max-pool after four convolutions, dropout after each
+          block, augmentation by image, and OneCycle.
+
+RESULT    to come
+
+ANALYSIS  Augmentation closes the gap between training and test, OneCycle and the average of the
+          weights make the last epochs flat.
+"""
 
 import time
 

@@ -676,11 +676,13 @@ def save_outputs(args, seed, config, average, history):
 
 
 def print_table(model):
-    """Print the layer table, once, on a terminal."""
+    """Print the layer table on a terminal."""
     if sys.stdout.isatty():
         from torchsummary import summary
 
-        summary(copy.deepcopy(model).cpu(), (1, 28, 28), device="cpu")
+        # torchsummary draws random input: a run on a terminal must not differ from one in a pipe.
+        with torch.random.fork_rng(devices=[]):
+            summary(copy.deepcopy(model).cpu(), (1, 28, 28), device="cpu")
 
 
 def finish(args, model, summaries, histories, data):
@@ -764,7 +766,7 @@ def plot_training(path, name, histories):
     for axes in (loss, accuracy):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper right" if axes is loss else "lower right")
     write_whole(path, fig.savefig)
 
 
