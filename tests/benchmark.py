@@ -1,0 +1,211 @@
+"""Time an epoch of M4 three ways, side by side: python tests/benchmark.py (not collected by pytest).
+
+usual  PIL transforms for each image, a DataLoader, stock `nn.Dropout`, `.item()` at each step
+ours   what train_M4.py does
+floor  forward, backward and optimiser step of an M4 without dropout on one ready-made batch, no evaluation,
+       in the same memory layout and with the same memory settings as ours
+
+Each measurement is a process of its own on a part of the images, scaled to a whole epoch (60,000 images, and
+10,000 to evaluate); the three alternate, and the table gives medians. On a GPU it also trains until an epoch
+reaches 99.4%.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import models
+import train_M4
+import utils
+
+TRAIN, TEST = 60_000, 10_000
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(device, work, *args):
+    """Return the seconds that `work(*args)` takes and its result."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = work(*args)
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def usual(args):
+    from torchvision import datasets, transforms
+
+    models.Dropout = nn.Dropout
+    a = train_M4.AUGMENT
+    normalize = [transforms.ToTensor(), transforms.Normalize((utils.MEAN,), (utils.STD,))]
+    shift, scale = (a["shift"], a["shift"]), (1 - a["scale"], 1 + a["scale"])
+    affine = transforms.RandomAffine(a["rotation"], shift, scale, a["shear"])
+
+    def loader(train, count, steps):
+        pictures = datasets.MNIST(str(args.data_dir), train=train, transform=transforms.Compose(steps))
+        part = torch.utils.data.Subset(pictures, range(count))
+        return torch.utils.data.DataLoader(part, batch_size=args.batch_size, shuffle=train)
+
+    model = models.MNIST_CNN_M4(train_M4.DROPOUT).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.001)
+    train_loader = loader(True, args.images, [affine, *normalize])
+    test_loader = loader(False, args.images // 6, normalize)
+
+    def train():
+        model.train()
+        total = 0
+        for images, labels in train_loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images.to(args.device)), labels.to(args.device))
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+
+    def test():
+        model.eval()
+        correct = 0
+        with torch.no_grad():
+            for images, labels in test_loader:
+                predicted = model(images.to(args.device)).argmax(1).cpu()
+                correct += (predicted == labels).sum().item()
+
+    return {"train": timed(args.device, train)[0], "evaluate": timed(args.device, test)[0]}
+
+
+def ours(args):
+    data = utils.load_data(args)
+    model, average = utils.build(models.MNIST_CNN_M4, args, 1, train_M4.DROPOUT)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.001)
+    scheduler = utils.one_cycle(optimizer, 0.001, 1, args.images, args.batch_size, train_M4.WARMUP)
+
+    def train():
+        recipe = (train_M4.AUGMENT, train_M4.AVERAGE_DECAY)
+        utils.train(model, average, data, optimizer, scheduler, args, 1, *recipe)
+
+    def augment():
+        for batch in data.train_images.split(args.batch_size):
+            utils.augment_batch(batch / 255.0, **train_M4.AUGMENT)
+
+    def test():
+        part = args.images // 6
+        utils.evaluate(average, data.test_images[:part], data.test_labels[:part])
+
+    seconds = {"train": timed(args.device, train)[0], "evaluate": timed(args.device, test)[0]}
+    return {**seconds, "augment": timed(args.device, augment)[0]}
+
+
+def floor(args):
+    model, _ = utils.build(models.MNIST_CNN_M4, args, 1, 0.0)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.001)
+    images = torch.randn(args.batch_size, 1, 28, 28, device=args.device)
+    labels = torch.randint(10, (args.batch_size,), device=args.device)
+
+    def train():
+        for _ in range(args.images // args.batch_size):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+    return {"train": timed(args.device, train)[0], "evaluate": 0.0}
+
+
+def peak_memory(device):
+    """Return the process's peak memory in MB: on the GPU for a GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def measure(pipeline, options):
+    command = [sys.executable, __file__, "--pipeline", pipeline, *options]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def seconds_to_target(args):
+    """Return the training seconds until an epoch of the recipe first reaches 99.4%, or None."""
+    data = utils.load_data(args)
+    model, average = utils.build(models.MNIST_CNN_M4, args, 1, train_M4.DROPOUT)
+    optimizer = torch.optim.AdamW(model.parameters(), train_M4.MAX_LR, weight_decay=train_M4.WEIGHT_DECAY)
+    cycle = (args.epochs, len(data.train_labels), args.batch_size, train_M4.WARMUP)
+    scheduler = utils.one_cycle(optimizer, train_M4.MAX_LR, *cycle)
+    start = time.perf_counter()
+    for epoch in range(1, args.epochs + 1):
+        recipe = (train_M4.AUGMENT, train_M4.AVERAGE_DECAY)
+        utils.train(model, average, data, optimizer, scheduler, args, epoch, *recipe)
+        if utils.evaluate(average, data.test_images, data.test_labels)[1] >= 99.4:
+            return time.perf_counter() - start
+    return None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--images", type=int, default=12_800, help="training images per measurement (12800)")
+    parser.add_argument("--batch-size", type=int, default=train_M4.BATCH_SIZE)
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each (5)")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--device", type=utils.device, default="auto")
+    parser.add_argument("--pipeline", choices=("usual", "ours", "floor"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    args = SimpleNamespace(**vars(options), read_only_data=False, holdout=0, limit=options.images)
+    args.epochs, args.max_lr = 15, train_M4.MAX_LR
+    if args.pipeline:
+        seconds = {"usual": usual, "ours": ours, "floor": floor}[args.pipeline](args)
+        print(json.dumps({**seconds, "memory": peak_memory(args.device)}))
+        return
+    utils.load_data(args)
+    runs = {"usual": [], "ours": [], "floor": []}
+    for _ in range(args.repeats):
+        for pipeline, results in runs.items():
+            results.append(measure(pipeline, sys.argv[1:]))
+    scale = TRAIN / args.images
+    median = {
+        pipeline: {key: statistics.median(r[key] for r in results) for key in results[0]}
+        for pipeline, results in runs.items()
+    }
+    epoch = {pipeline: scale * (m["train"] + m["evaluate"]) for pipeline, m in median.items()}
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch_size}\n")
+    print("| pipeline | seconds an epoch | images a second | times the floor | peak memory, MB |")
+    print("|---|---|---|---|---|")
+    for pipeline, seconds in epoch.items():
+        ratio, memory = seconds / epoch["floor"], median[pipeline]["memory"]
+        print(f"| {pipeline} | {seconds:.1f} | {TRAIN / seconds:,.0f} | {ratio:.2f} | {memory:.0f} |")
+    m = median["ours"]
+    whole = m["train"] + m["evaluate"]
+    print(
+        f"\nOurs is {epoch['usual'] / epoch['ours']:.1f} times as fast as the usual pipeline. Of its epoch,"
+    )
+    print(
+        f"augmentation takes {m['augment'] / whole:.0%}, the rest of training "
+        f"{(m['train'] - m['augment']) / whole:.0%}, evaluation {m['evaluate'] / whole:.0%}."
+    )
+    if args.device.type == "cuda":
+        args.limit = None
+        seconds = seconds_to_target(args)
+        print(
+            "99.4% was not reached." if seconds is None else f"{seconds:.1f} s to the first epoch at 99.4%."
+        )
+
+
+if __name__ == "__main__":
+    main()
