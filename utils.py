@@ -745,7 +745,8 @@ def plot_training(path, name, histories):
     for axes in (loss, accuracy):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right" if axes is loss else "lower right")
+    # Below the axes, where no curve can run under it.
+    fig.legend(handles=accuracy.get_lines(), loc="outside lower center", ncols=3)
     write_whole(path, fig.savefig)
 
 
