@@ -1,4 +1,4 @@
-"""The four networks of the ladder.
+"""The four networks of the ladder, and how to have a trained one read a picture.
 
 Every network takes float images of shape (N, 1, 28, 28), as `utils.normalize` makes them, and returns
 logits of shape (N, 10), unnormalised log-probabilities for `F.cross_entropy`. No convolution has a bias:
@@ -7,8 +7,17 @@ batch norm would cancel it, and M1, which has none, spends its parameters on fil
 Comments at the end of a line give the size of the feature map, then the receptive field, both in pixels.
 """
 
+import pickle
+
 import torch
 from torch import nn
+
+MEAN, STD = 0.1307, 0.3081  # of MNIST's 60,000 training images, pixels scaled to 0..1
+
+
+def normalize(pixels):
+    """Turn float pixels from 0 to 1 into the networks' input: mean 0, standard deviation 1 over MNIST."""
+    return (pixels - MEAN) / STD
 
 
 class Dropout(nn.Dropout):
@@ -204,3 +213,103 @@ class MNIST_CNN_M4(nn.Module):
         x = self.drop5(self.norm5(self.relu5(self.conv5(x))))
         x = self.drop6(self.norm6(self.relu6(self.conv6(x))))
         return self.gap(self.conv7(x)).flatten(1)
+
+
+# What torch.load and load_state_dict raise for a file that is damaged, carries code or is another model's.
+LOAD_ERRORS = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+)
+MAX_PIXELS = 100_000_000  # more than any camera's picture; what is larger was made to fill the memory
+MIN_CONTRAST = 25  # grey levels of 255: what varies less is taken for a blank page
+GRAIN = 38  # grey levels of 255: fainter marks are the paper's
+
+
+def load_model(model_class, path):
+    """Return a `model_class`, in evaluation mode on the CPU, with the weights in the file `path`.
+
+    Raises FileNotFoundError, and ValueError where the file does not hold the weights of a `model_class`.
+    """
+    model = model_class()
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except LOAD_ERRORS as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} does not hold a {model_class.__name__}: {reason}") from None
+    return model.eval()
+
+
+def read_picture(file):
+    """Return the picture in `file` as a Pillow image in grey (mode L), at most 256 pixels a side.
+
+    Raises ValueError for what is no picture, cannot be read or has more than MAX_PIXELS.
+    """
+    from PIL import Image, ImageOps, ImageStat
+
+    Image.MAX_IMAGE_PIXELS = None  # our own limit, below, refuses before anything is unpacked
+    try:
+        with Image.open(file) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{file}: {picture.width} x {picture.height} pixels are too many")
+            if picture.mode[0] in "IF":  # 16 or 32 bits a pixel
+                picture = picture.convert("F")
+                low, high = picture.getextrema()
+                factor = 255 / max(high - low, 1e-6)
+                picture = picture.point(lambda value: value * factor - low * factor).convert("L")
+            picture = ImageOps.exif_transpose(picture).convert("RGBA")
+            picture.thumbnail((256, 256))
+    except (OSError, SyntaxError, ValueError, OverflowError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else "not a picture that can be read"
+        raise ValueError(f"{file}: {reason}") from None
+    # A transparent page becomes the opposite of what is drawn on it.
+    drawn, alpha = picture.convert("L"), picture.getchannel("A")
+    page = 255 if ImageStat.Stat(drawn, alpha).mean[0] < 128 else 0
+    return Image.composite(drawn, Image.new("L", picture.size, page), alpha)
+
+
+def prepare_digit(file):
+    """Return the digit in a picture file as MNIST has its digits: uint8 (1, 1, 28, 28), white on black, the
+    longer side of 20 pixels, the centre of mass in the middle.
+
+    Raises ValueError for what is no picture, and for a blank one.
+    Source: LeCun, Cortes and Burges, http://yann.lecun.com/exdb/mnist/
+    """
+    from PIL import Image, ImageChops, ImageFilter, ImageOps, ImageStat
+    from torchvision.transforms.functional import pil_to_tensor
+
+    picture = read_picture(file)
+    low, high = picture.getextrema()
+    page = ImageStat.Stat(picture).median[0]
+    if high - page < page - low:
+        picture = ImageOps.invert(picture)
+    # What is left of a small copy when all that is thinner than half of it is erased: the page, shadows included.
+    page = picture.resize((32, 32)).filter(ImageFilter.MinFilter(15)).filter(ImageFilter.MaxFilter(15))
+    ink = ImageChops.subtract(picture, page.resize(picture.size))
+    if ink.getextrema()[1] < MIN_CONTRAST:
+        raise ValueError(f"{file}: a blank picture, there is no digit on it")
+    ink = ImageOps.autocontrast(ink).point(lambda value: value if value > GRAIN else 0)
+    box = ink.point(lambda value: value > 2 * GRAIN).getbbox()
+    ink = ImageOps.autocontrast(ImageOps.contain(ink.crop(box), (20, 20), Image.Resampling.BILINEAR))
+    mass = pil_to_tensor(ink)[0].double()
+    # The centres of mass of MNIST's own digits lie on pixel 14 of 0 to 27.
+    left, top = (
+        round(14 - (mass.sum(dim) * torch.arange(n)).sum().item() / mass.sum().item())
+        for dim, n in enumerate(ink.size)
+    )
+    digit = Image.new("L", (28, 28))
+    digit.paste(ink, (left, top))
+    return pil_to_tensor(digit).unsqueeze(0)
+
+
+@torch.inference_mode()
+def predict(model, digits):
+    """Return for each of the `digits`, uint8 (N, 1, 28, 28), the digit read, the confidence (0 to 1) and the
+    runner-up.
+    """
+    top = model(normalize(digits / 255.0)).softmax(1).topk(2)
+    return [(d[0], c[0], d[1]) for d, c in zip(top.indices.tolist(), top.values.tolist(), strict=True)]

@@ -25,12 +25,14 @@ AVERAGE_DECAY = 0.998  # spans about one epoch: long enough to smooth, short eno
 
 def main():
     args = utils.parse_args("M1", __doc__, BATCH_SIZE, MAX_LR)
+    if args.predict:
+        return utils.classify(args, MNIST_CNN_M1)
     data = utils.load_data(args)
     config = utils.recipe_config(args, globals())
     histories, summaries = [], []
     for seed in args.seeds:
         model, average = utils.build(MNIST_CNN_M1, args, seed)
-        optimizer = torch.optim.AdamW(model.parameters(), args.max_lr, weight_decay=WEIGHT_DECAY)
+        optimizer = torch.optim.AdamW(model.parameters(), args.max_lr, weight_decay=WEIGHT_DECAY, fused=True)
         scheduler = None  # OneCycle comes with M3
         parts = {"weights": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
         utils.print_table(model)

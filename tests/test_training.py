@@ -28,7 +28,7 @@ def test_each_image_gets_its_own_draw(limit, blob):
 def fixed_draw(monkeypatch, *values):
     """Let the five draws be `values`, each from -1 to 1."""
     monkeypatch.setattr(
-        torch, "rand", lambda *shape: (torch.tensor(values) + 1).div(2).view(5, 1).expand(shape)
+        torch, "rand", lambda *shape, **_: (torch.tensor(values) + 1).div(2).view(5, 1).expand(shape)
     )
 
 
