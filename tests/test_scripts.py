@@ -151,6 +151,7 @@ def test_sagemaker_sets_the_defaults(monkeypatch, tmp_path):
     assert args.output_dir == tmp_path / "MODEL_DIR" and args.images_dir == tmp_path / "OUTPUT_DATA_DIR"
     assert args.data_dir == tmp_path / "CHANNEL_TRAIN" and not args.data_dir.exists()
     monkeypatch.setenv("SM_CHANNEL_TRAINING", str(tmp_path / "first"))
+    monkeypatch.setenv("SM_MODEL_DIR", str(tmp_path / "other"))
     assert utils.parse_args("M4", "", 128, 0.01, []).data_dir == tmp_path / "first"
 
 
