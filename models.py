@@ -8,6 +8,7 @@ Comments at the end of a line give the size of the feature map, then the recepti
 """
 
 import pickle
+import warnings
 
 import torch
 from torch import nn
@@ -215,19 +216,31 @@ class MNIST_CNN_M4(nn.Module):
         return self.gap(self.conv7(x)).flatten(1)
 
 
-# What torch.load and load_state_dict raise for a file that is damaged, carries code or is another model's.
-LOAD_ERRORS = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-)
 MAX_PIXELS = 100_000_000  # more than any camera's picture; what is larger was made to fill the memory
 MIN_CONTRAST = 25  # grey levels of 255: what varies less is taken for a blank page
 GRAIN = 38  # grey levels of 255: fainter marks are the paper's
+
+
+def load_file(path):
+    """Return what `torch.save` wrote into the file `path`: tensors and plain values, on the CPU.
+
+    Raises FileNotFoundError, and ValueError for a damaged file or one that carries code, none of which runs.
+    """
+    damaged = (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is odd about a file that is refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (*damaged, ArithmeticError, MemoryError, ImportError):
+        raise ValueError(f"{path} is damaged, or holds more than weights") from None
 
 
 def load_model(model_class, path):
@@ -235,12 +248,11 @@ def load_model(model_class, path):
 
     Raises FileNotFoundError, and ValueError where the file does not hold the weights of a `model_class`.
     """
-    model = model_class()
+    model, weights = model_class(), load_file(path)
     try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except LOAD_ERRORS as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} does not hold a {model_class.__name__}: {reason}") from None
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError):
+        raise ValueError(f"{path} does not hold the weights of a {model_class.__name__}") from None
     return model.eval()
 
 
@@ -254,18 +266,20 @@ def read_picture(file):
     Image.MAX_IMAGE_PIXELS = None  # our own limit, below, refuses before anything is unpacked
     try:
         with Image.open(file) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(f"{file}: {picture.width} x {picture.height} pixels are too many")
-            if picture.mode[0] in "IF":  # 16 or 32 bits a pixel
-                picture = picture.convert("F")
-                low, high = picture.getextrema()
-                factor = 255 / max(high - low, 1e-6)
-                picture = picture.point(lambda value: value * factor - low * factor).convert("L")
-            picture = ImageOps.exif_transpose(picture).convert("RGBA")
-            picture.thumbnail((256, 256))
-    except (OSError, SyntaxError, ValueError, OverflowError) as error:
+            width, height = picture.size
+            if small := width * height <= MAX_PIXELS:
+                if picture.mode[0] in "IF":  # 16 or 32 bits a pixel
+                    picture = picture.convert("F")
+                    low, high = picture.getextrema()
+                    factor = 255 / max(high - low, 1e-6)
+                    picture = picture.point(lambda value: value * factor - low * factor).convert("L")
+                picture = ImageOps.exif_transpose(picture).convert("RGBA")
+                picture.thumbnail((256, 256))
+    except (OSError, SyntaxError, ValueError, ArithmeticError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else "not a picture that can be read"
         raise ValueError(f"{file}: {reason}") from None
+    if not small:
+        raise ValueError(f"{file}: {width} x {height} pixels are too many")
     # A transparent page becomes the opposite of what is drawn on it.
     drawn, alpha = picture.convert("L"), picture.getchannel("A")
     page = 255 if ImageStat.Stat(drawn, alpha).mean[0] < 128 else 0

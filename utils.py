@@ -35,7 +35,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from models import LOAD_ERRORS, load_model, normalize, predict, prepare_digit, redraw_dropout_masks
+from models import load_file, load_model, normalize, predict, prepare_digit, redraw_dropout_masks
 
 try:
     import fcntl
@@ -578,14 +578,11 @@ def resume(args, seed, config, parts):
     if not args.resume or not path.exists():
         return []
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_file(path)
         state = {"model": args.name, "seed": seed, **config}
         stored = {"model": saved["model"], "seed": saved["seed"], **saved["config"]}
-    except LOAD_ERRORS as error:
-        reason = str(error).partition("\n")[0][:100]
-        raise UserError(
-            f"{path} is not a checkpoint of ours ({reason}); remove it or leave out --resume"
-        ) from None
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{path} is damaged or no checkpoint: remove it, or leave out --resume") from None
     for key in state | stored:
         if state.get(key) != stored.get(key):
             raise UserError(

@@ -132,3 +132,14 @@ def blob():
     image = torch.zeros(1, 1, 28, 28)
     image[0, 0, 6, 14] = 1
     return F.avg_pool2d(image, 3, 1, 1) * 9
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long, run by `python -m pytest -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: python -m pytest -m slow"))
