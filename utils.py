@@ -160,7 +160,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         type=number(int, 2, 60_000),
         default=batch_size,
         metavar="N",
-        help=f"images ({batch_size})",
+        help=f"images in a batch ({batch_size})",
     )
     help = f"peak learning rate, or the constant one ({max_lr})"
     add("--max-lr", type=number(float, 1e-9, 100), default=max_lr, metavar="X", help=help)
