@@ -483,8 +483,8 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
     if len(batches[-1]) == 1:
         batches = batches[:-1]  # batch norm cannot take the statistics of one image
     losses, correct, seen = [], torch.zeros((), dtype=torch.long, device=args.device), 0
-    layout = "{desc} {percentage:3.0f}% |{bar}| {postfix}"
-    bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", leave=False, disable=None, bar_format=layout)
+    layout, title = "{percentage:3.0f}% |{bar}| {desc}", f"epoch {epoch}/{args.epochs}"
+    bar = tqdm(batches, title, leave=False, disable=None, bar_format=layout)
     for step, batch in enumerate(bar):
         pixels, labels = data.train_images[batch] / 255.0, data.train_labels[batch]
         if augment:
@@ -506,9 +506,8 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
         if not bar.disable and step % 20 == 0 and args.device.type == "cpu":
             left = (args.epochs - epoch + 1) * len(batches) - step
             left = bar.format_interval(bar.format_dict["elapsed"] / (step + 1) * left)
-            bar.set_postfix_str(
-                f"loss {loss.item():.3f}, accuracy {100 * correct.item() / seen:.1f}%, rate {lr:.2g}, {left} left"
-            )
+            figures = f"loss {loss.item():.3f}, accuracy {100 * correct.item() / seen:.1f}%, rate {lr:.2g}"
+            bar.set_description_str(f"{title}, {figures}, {left} left", refresh=False)
     losses = torch.stack(losses).cpu()
     if not losses.isfinite().all():
         step = int((~losses.isfinite()).nonzero()[0]) + 1
@@ -622,7 +621,7 @@ def log_epoch(history, lr, train_figures, test_figures, seconds):
     values = (lr, *train_figures, *test_figures, seconds)
     history.append({"epoch": len(history) + 1, **dict(zip(names, values, strict=True))})
     if sys.stdout.isatty():
-        line = "epoch {:2}  rate {:.5f}  train {:.4f} {:.2f}%  test {:.4f} {:.2f}%  {:.1f} s"
+        line = "epoch {:2}  rate {:<7.2g}  train {:.4f} {:.2f}%  test {:.4f} {:.2f}%  {:.1f} s"
     else:
         line = "epoch={} lr={:.6f} train_loss={:.4f} train_acc={:.2f} test_loss={:.4f} test_acc={:.2f} seconds={:.1f}"
     # One string, one flushed call: a metric line must not be torn apart in a log.
