@@ -51,7 +51,7 @@ def usual(args):
 
     models.Dropout = nn.Dropout
     a = train_M4.AUGMENT
-    normalize = [transforms.ToTensor(), transforms.Normalize((utils.MEAN,), (utils.STD,))]
+    normalize = [transforms.ToTensor(), transforms.Normalize((models.MEAN,), (models.STD,))]
     shift, scale = (a["shift"], a["shift"]), (1 - a["scale"], 1 + a["scale"])
     affine = transforms.RandomAffine(a["rotation"], shift, scale, a["shear"])
 
@@ -89,7 +89,7 @@ def usual(args):
 def ours(args):
     data = utils.load_data(args)
     model, average = utils.build(models.MNIST_CNN_M4, args, 1, train_M4.DROPOUT)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.001)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.001, fused=True)
     scheduler = utils.one_cycle(optimizer, 0.001, 1, args.images, args.batch_size, train_M4.WARMUP)
 
     def train():
@@ -111,7 +111,7 @@ def ours(args):
 def floor(args):
     model, _ = utils.build(models.MNIST_CNN_M4, args, 1, 0.0)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), 0.001)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.001, fused=True)
     images = torch.randn(args.batch_size, 1, 28, 28, device=args.device)
     labels = torch.randint(10, (args.batch_size,), device=args.device)
 
@@ -145,7 +145,9 @@ def seconds_to_target(args):
     """Return the training seconds until an epoch of the recipe first reaches 99.4%, or None."""
     data = utils.load_data(args)
     model, average = utils.build(models.MNIST_CNN_M4, args, 1, train_M4.DROPOUT)
-    optimizer = torch.optim.AdamW(model.parameters(), train_M4.MAX_LR, weight_decay=train_M4.WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), train_M4.MAX_LR, weight_decay=train_M4.WEIGHT_DECAY, fused=True
+    )
     cycle = (args.epochs, len(data.train_labels), args.batch_size, train_M4.WARMUP)
     scheduler = utils.one_cycle(optimizer, train_M4.MAX_LR, *cycle)
     start = time.perf_counter()
