@@ -580,21 +580,22 @@ def resume(args, seed, config, parts):
         saved = load_file(path)
         state = {"model": args.name, "seed": seed, **config}
         stored = {"model": saved["model"], "seed": saved["seed"], **saved["config"]}
-    except (ValueError, LookupError, TypeError):
-        raise UserError(f"{path} is damaged or no checkpoint: remove it, or leave out --resume") from None
-    for key in state | stored:
-        if state.get(key) != stored.get(key):
-            raise UserError(
-                f"{path} was made with {key} {stored.get(key)}, not {state.get(key)}: "
-                "use the same settings, or another --output-dir, or leave out --resume"
-            )
-    for name, part in parts.items():
-        if part is not None:
-            part.load_state_dict(saved[name])
-    torch.set_rng_state(saved["random"])
-    if saved["device_random"] is not None:
-        getattr(torch, args.device.type).set_rng_state(saved["device_random"])
-    return saved["history"]
+        for key in state | stored:
+            if state.get(key) != stored.get(key):
+                raise UserError(
+                    f"{path} was made with {key} {stored.get(key)}, not {state.get(key)}: "
+                    "use the same settings, or another --output-dir, or leave out --resume"
+                )
+        for name, part in parts.items():
+            if part is not None:
+                part.load_state_dict(saved[name])
+        torch.set_rng_state(saved["random"])
+        if saved["device_random"] is not None:
+            getattr(torch, args.device.type).set_rng_state(saved["device_random"])
+        return saved["history"]
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        reason = error if isinstance(error, ValueError) else f"{path} is no checkpoint"
+        raise UserError(f"{reason}: remove it, or leave out --resume") from None
 
 
 def save_checkpoint(args, seed, config, parts, history):

@@ -29,7 +29,7 @@ import models
 import train_M4
 import utils
 
-TRAIN, TEST = 60_000, 10_000
+TRAIN = 60_000
 
 
 def synchronize(device):
@@ -161,7 +161,7 @@ def seconds_to_target(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--images", type=int, default=12_800, help="training images per measurement (12800)")
+    parser.add_argument("--images", type=int, default=30_000, help="training images per measurement (30000)")
     parser.add_argument("--batch-size", type=int, default=train_M4.BATCH_SIZE)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each (5)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))

@@ -102,8 +102,8 @@ def data_dir(contents, tmp_path_factory):
 def run_script(sums, data_dir, tmp_path):
     """Run a training script as a process of its own that takes the generated set for MNIST."""
 
-    def run(script, *options, data=data_dir, output="out", start=subprocess.run, **environment):
-        code = f"import runpy, sys, utils; utils.MD5 = {sums!r}; sys.argv = sys.argv[1:]; "
+    def run(script, *options, data=data_dir, output="out", start=subprocess.run, before="", **environment):
+        code = f"import runpy, sys, utils; utils.MD5 = {sums!r}; sys.argv = sys.argv[1:]; {before}\n"
         code += "runpy.run_path(sys.argv[0], run_name='__main__')"
         env = {k: v for k, v in os.environ.items() if not k.startswith("SM_")}
         env |= {

@@ -115,12 +115,16 @@ def test_second_run_into_the_same_directory_is_refused(run_script):
 
 
 def test_loss_that_is_no_number_keeps_the_checkpoint(run_script, tmp_path):
-    options = ("--epochs", "30", "--max-lr", "100", "--batch-size", "4")
-    done = run_script("train_M1.py", *options, "--seeds", "1")
-    if done.returncode == 0:
-        pytest.skip("it did not diverge")
-    refused(done, "not finite", "epoch", "step")
-    assert not list((tmp_path / "out").glob("model.pt"))
+    # Ten steps and one evaluation an epoch: the 25th loss is that of epoch 3, step 3.
+    poison = "import torch.nn.functional as F; real, calls = F.cross_entropy, []; "
+    poison += (
+        "F.cross_entropy = lambda *a: calls.append(1) or real(*a) * (float('nan') if len(calls) > 24 else 1)"
+    )
+    options = ("--epochs", "4", "--batch-size", "60")
+    refused(run_script("train_M1.py", *options, before=poison), "not finite", "epoch 3, step 3")
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] == ["checkpoint.pt"]
+    done = run_script("train_M1.py", *options, "--resume")
+    assert done.returncode == 0 and "epoch=2 " not in done.stdout and "epoch=3 " in done.stdout
 
 
 def test_checkpoint_with_code_is_refused(run_script, tmp_path):
@@ -129,9 +133,29 @@ def test_checkpoint_with_code_is_refused(run_script, tmp_path):
     (out / "checkpoint.pt").write_bytes(pickle.dumps(Code(tmp_path / "pickled")))
     refused(run_script("train_M2.py", "--resume"), "checkpoint.pt")
     torch.save({"model": Code(tmp_path / "saved")}, out / "model.pt")
-    with pytest.raises(ValueError, match="model.pt is damaged, or holds more"):
+    with pytest.raises(ValueError, match="model.pt cannot be used"):
         models.load_model(models.MNIST_CNN_M2, out / "model.pt")
     assert not (tmp_path / "pickled").exists() and not (tmp_path / "saved").exists()
+
+
+def test_a_damaged_model_is_refused_or_unchanged(tmp_path):
+    path, chance = tmp_path / "model.pt", random.Random(0)
+    weights = models.MNIST_CNN_M4().state_dict()
+    torch.save(weights, path)
+    whole, refusals = path.read_bytes(), 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(chance.randint(1, 4)):
+            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            loaded = models.load_file(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refusals += 1
+        else:  # the archive's padding was hit
+            assert all(torch.equal(loaded[key], value) for key, value in weights.items())
+    assert refusals > 200
 
 
 def test_hostile_archive_leaves_nothing_but_checked_files(small_md5, contents, tmp_path, monkeypatch):
