@@ -3,7 +3,8 @@
 TARGET    99.4% in each of the last five epochs: channels re-balanced, ten or more in the middle, no
           1x1 convolution after the pooling.
 
-RESULT    to come
+RESULT    n=5 seeds, last epoch: mean 99.52, min 99.46, best epoch 99.57; lowest of all
+          last-five epochs 99.38 (AMD EPYC, one thread, torch 2.15.0)
 
 ANALYSIS  Parameters moved to where the features are made: the same budget and the same recipe as M3
           give a better network.
@@ -19,6 +20,7 @@ from models import MNIST_CNN_M4
 BATCH_SIZE = 128  # small enough for many steps in 15 epochs, large enough to keep two cores busy
 MAX_LR = 0.02  # OneCycle comes down from it, so the peak may be far higher than a constant rate
 WARMUP = 0.2  # three of fifteen epochs to climb, twelve to settle
+CYCLE = 0.8  # of the epochs: the last three stay on the plateau, so that no epoch of the last five falls off
 WEIGHT_DECAY = 0.01
 DROPOUT = 0.02  # a net this small underfits: 0.05 cost more than it saved
 # degrees, degrees, parts of the size and of the side; a third more or less costs 0.1 points on the holdout
@@ -37,7 +39,7 @@ def main():
         model, average = utils.build(MNIST_CNN_M4, args, seed, DROPOUT)
         optimizer = torch.optim.AdamW(model.parameters(), args.max_lr, weight_decay=WEIGHT_DECAY, fused=True)
         scheduler = utils.one_cycle(
-            optimizer, args.max_lr, args.epochs, len(data.train_labels), args.batch_size, WARMUP
+            optimizer, args.max_lr, args.epochs, len(data.train_labels), args.batch_size, WARMUP, CYCLE
         )
         parts = {"weights": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
         utils.print_table(model)

@@ -430,11 +430,11 @@ def update_average(average, model, decay, step):
             mean.copy_(value)
 
 
-def one_cycle(optimizer, max_lr, epochs, images, batch_size, warmup):
-    """Return OneCycle (Smith and Topin, 2017, https://arxiv.org/abs/1708.07120): up from `max_lr` / 25 over
-    the fraction `warmup` of all steps, then down to almost 0 along a cosine.
+def one_cycle(optimizer, max_lr, epochs, images, batch_size, warmup, cycle):
+    """Return OneCycle (Smith and Topin, 2017, https://arxiv.org/abs/1708.07120) over the fraction `cycle` of
+    all steps: up from `max_lr` / 25 in the fraction `warmup` of these, then down to almost 0 along a cosine.
     """
-    steps = max(3, epochs * math.ceil(images / batch_size))
+    steps = max(3, int(cycle * epochs * math.ceil(images / batch_size)))
     warmup = max(warmup, 2 / steps)  # torch's scheduler divides by the steps of the way up, less one
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr, total_steps=steps, pct_start=warmup, cycle_momentum=False
@@ -495,7 +495,7 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
         loss.backward()
         optimizer.step()
         lr = optimizer.param_groups[0]["lr"]
-        # The last step of OneCycle has no rate to go on to.
+        # After its last step OneCycle has no rate to go on to: the last one stays.
         if scheduler and scheduler.last_epoch < scheduler.total_steps - 1:
             scheduler.step()
         update_average(average, model, average_decay, (epoch - 1) * len(batches) + step)

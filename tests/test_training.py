@@ -59,7 +59,7 @@ def test_draws_keep_to_their_limits(blob):
 def test_one_cycle_follows_torch():
     weight = nn.Parameter(torch.zeros(1))
     ours, theirs = (torch.optim.SGD([weight], 0.1) for _ in range(2))
-    schedule = utils.one_cycle(ours, 0.02, 3, 1000, 128, 0.25)
+    schedule = utils.one_cycle(ours, 0.02, 6, 1000, 128, 0.25, 0.5)
     reference = torch.optim.lr_scheduler.OneCycleLR(theirs, 0.02, epochs=3, steps_per_epoch=8, pct_start=0.25)
     rates = []
     for step in range(24):
