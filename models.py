@@ -1,6 +1,6 @@
 """The four networks of the ladder, and how to have a trained one read a picture.
 
-Every network takes float images of shape (N, 1, 28, 28), as `utils.normalize` makes them, and returns
+Every network takes float images of shape (N, 1, 28, 28), as `normalize` makes them, and returns
 logits of shape (N, 10), unnormalised log-probabilities for `F.cross_entropy`. No convolution has a bias:
 batch norm would cancel it, and M1, which has none, spends its parameters on filters instead.
 
@@ -294,7 +294,7 @@ def prepare_digit(file):
     Raises ValueError for what is no picture, and for a blank one.
     Source: LeCun, Cortes and Burges, http://yann.lecun.com/exdb/mnist/
     """
-    from PIL import Image, ImageChops, ImageFilter, ImageOps, ImageStat
+    from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps, ImageStat
     from torchvision.transforms.functional import pil_to_tensor
 
     picture = read_picture(file)
@@ -307,9 +307,21 @@ def prepare_digit(file):
     ink = ImageChops.subtract(picture, page.resize(picture.size))
     if ink.getextrema()[1] < MIN_CONTRAST:
         raise ValueError(f"{file}: a blank picture, there is no digit on it")
-    ink = ImageOps.autocontrast(ink).point(lambda value: value if value > GRAIN else 0)
-    box = ink.point(lambda value: value > 2 * GRAIN).getbbox()
-    ink = ImageOps.autocontrast(ImageOps.contain(ink.crop(box), (20, 20), Image.Resampling.BILINEAR))
+    ink = ImageOps.autocontrast(ink)
+    marks = ink.filter(ImageFilter.BoxBlur(1)).point(lambda value: 255 * (value > 2 * GRAIN))
+    # Marks that run into the border are the edge of a shadow or of the page, unless there are no others.
+    framed = ImageOps.expand(marks, 1, 255)
+    ImageDraw.floodfill(framed, (0, 0), 0)
+    inside = ImageOps.crop(framed, 1)
+    if ImageStat.Stat(inside).sum[0] > 0.2 * ImageStat.Stat(marks).sum[0]:
+        marks = inside
+        ink = ImageChops.darker(ink, marks.filter(ImageFilter.MaxFilter(5)))
+    ink = ink.point(lambda value: value if value > GRAIN else 0)
+    ink = ink.crop(marks.getbbox() or ink.getbbox())
+    size = [max(1, round(20 * side / max(ink.size))) for side in ink.size]
+    ink = ink.resize(size, Image.Resampling.BILINEAR)
+    factor = 255 / ink.getextrema()[1]
+    ink = ink.point(lambda value: round(value * factor))
     mass = pil_to_tensor(ink)[0].double()
     # The centres of mass of MNIST's own digits lie on pixel 14 of 0 to 27.
     left, top = (

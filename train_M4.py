@@ -20,7 +20,6 @@ from models import MNIST_CNN_M4
 BATCH_SIZE = 128  # small enough for many steps in 15 epochs, large enough to keep two cores busy
 MAX_LR = 0.02  # OneCycle comes down from it, so the peak may be far higher than a constant rate
 WARMUP = 0.2  # three of fifteen epochs to climb, twelve to settle
-CYCLE = 0.8  # of the epochs: the last three stay on the plateau, so that no epoch of the last five falls off
 WEIGHT_DECAY = 0.01
 DROPOUT = 0.02  # a net this small underfits: 0.05 cost more than it saved
 # degrees, degrees, parts of the size and of the side; a third more or less costs 0.1 points on the holdout
@@ -39,7 +38,7 @@ def main():
         model, average = utils.build(MNIST_CNN_M4, args, seed, DROPOUT)
         optimizer = torch.optim.AdamW(model.parameters(), args.max_lr, weight_decay=WEIGHT_DECAY, fused=True)
         scheduler = utils.one_cycle(
-            optimizer, args.max_lr, args.epochs, len(data.train_labels), args.batch_size, WARMUP, CYCLE
+            optimizer, args.max_lr, args.epochs, len(data.train_labels), args.batch_size, WARMUP
         )
         parts = {"weights": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
         utils.print_table(model)

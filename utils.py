@@ -65,14 +65,18 @@ def run(main):
         status = main()
     except UserError as error:
         fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        fail("there is not enough memory: try a smaller --batch-size")
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         fail(f"{what}; check that the directory can be written and that the disk has room")
     except (KeyboardInterrupt, SystemExit) as stop:
         status = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
         if status in (130, 143):
-            again = [] if any(a.startswith("--resume") for a in sys.argv) else ["--resume"]
-            command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:], *again])
+            # The last --resume counts, whatever was said before it.
+            command = shlex.join(["python", *sys.argv, "--resume", "true"])
             print(f"\nStopped. Finished epochs are kept; go on with: {command}", file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -80,9 +84,8 @@ def run(main):
 def fail(message):
     """Print `message` as one line on stderr, leave it where SageMaker looks for it, exit with status 2."""
     line = "error: " + " ".join(message.split())
-    if SAGEMAKER.is_dir():
+    if (SAGEMAKER / "output").is_dir():
         with contextlib.suppress(OSError):
-            (SAGEMAKER / "output").mkdir(exist_ok=True)
             (SAGEMAKER / "output" / "failure").write_text(line[:1024])
     print(line, file=sys.stderr, flush=True)
     sys.exit(2)
@@ -109,7 +112,7 @@ def number(kind, low, high=math.inf):
 
     def parse(text):
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high and math.isfinite(kind(text)):
+            if low <= kind(text) <= high and kind(text) < math.inf:
                 return kind(text)
         raise argparse.ArgumentTypeError(f"{text!r} is not a {what}, {limits}")
 
@@ -154,7 +157,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         epilog=f"a quick look:  python train_{name}.py --epochs 1 --limit 6000",
     )
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1), default=15, metavar="N", help="epochs (15)")
+    add("--epochs", type=number(int, 1, 100_000), default=15, metavar="N", help="epochs (15)")
     add(
         "--batch-size",
         type=number(int, 2, 60_000),
@@ -193,7 +196,9 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     if not seeds or len(set(args.seeds)) < len(seeds):
         parser.error("argument --seeds: give one or more seeds, each once")
     args.name = name
-    args.read_only_data = args.data_dir is None and bool(channel)
+    args.read_only_data = (
+        bool(channel) and (args.data_dir or Path(channel)).resolve() == Path(channel).resolve()
+    )
     args.data_dir = args.data_dir or Path(channel or "data")
     args.output_dir = args.output_dir or Path(env("SM_MODEL_DIR") or f"runs/{name}")
     args.checkpoint_dir = args.checkpoint_dir or (
@@ -430,11 +435,11 @@ def update_average(average, model, decay, step):
             mean.copy_(value)
 
 
-def one_cycle(optimizer, max_lr, epochs, images, batch_size, warmup, cycle):
-    """Return OneCycle (Smith and Topin, 2017, https://arxiv.org/abs/1708.07120) over the fraction `cycle` of
-    all steps: up from `max_lr` / 25 in the fraction `warmup` of these, then down to almost 0 along a cosine.
+def one_cycle(optimizer, max_lr, epochs, images, batch_size, warmup):
+    """Return OneCycle (Smith and Topin, 2017, https://arxiv.org/abs/1708.07120): up from `max_lr` / 25 over
+    the fraction `warmup` of all steps, then down to almost 0 along a cosine.
     """
-    steps = max(3, int(cycle * epochs * math.ceil(images / batch_size)))
+    steps = max(3, epochs * math.ceil(images / batch_size))
     warmup = max(warmup, 2 / steps)  # torch's scheduler divides by the steps of the way up, less one
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr, total_steps=steps, pct_start=warmup, cycle_momentum=False
@@ -461,6 +466,8 @@ def keep_freed_memory():
 def build(model_class, args, seed, *model_args):
     """Return a new model on the device and the average of its weights, both the same for the same seed."""
     keep_freed_memory()
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)  # whose random state is the one that is saved
     torch.backends.cudnn.deterministic = True  # the same seed gives the same figures on a GPU as well
     torch.manual_seed(seed)
     model = model_class(*model_args).to(args.device)
@@ -495,7 +502,7 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
         loss.backward()
         optimizer.step()
         lr = optimizer.param_groups[0]["lr"]
-        # After its last step OneCycle has no rate to go on to: the last one stays.
+        # The last step of OneCycle has no rate to go on to.
         if scheduler and scheduler.last_epoch < scheduler.total_steps - 1:
             scheduler.step()
         update_average(average, model, average_decay, (epoch - 1) * len(batches) + step)
@@ -578,24 +585,24 @@ def resume(args, seed, config, parts):
         return []
     try:
         saved = load_file(path)
-        state = {"model": args.name, "seed": seed, **config}
-        stored = {"model": saved["model"], "seed": saved["seed"], **saved["config"]}
+        state = {"model": args.name, "seed": seed, "device": args.device.type, **config}
+        stored = {key: saved[key] for key in ("model", "seed", "device")} | saved["config"]
         for key in state | stored:
             if state.get(key) != stored.get(key):
                 raise UserError(
                     f"{path} was made with {key} {stored.get(key)}, not {state.get(key)}: "
-                    "use the same settings, or another --output-dir, or leave out --resume"
+                    "use the same settings, or another --output-dir, or --resume false"
                 )
         for name, part in parts.items():
             if part is not None:
                 part.load_state_dict(saved[name])
         torch.set_rng_state(saved["random"])
-        if saved["device_random"] is not None:
+        if args.device.type != "cpu":
             getattr(torch, args.device.type).set_rng_state(saved["device_random"])
         return saved["history"]
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = error if isinstance(error, ValueError) else f"{path} is no checkpoint"
-        raise UserError(f"{reason}: remove it, or leave out --resume") from None
+        raise UserError(f"{reason}: take another --checkpoint-dir, or --resume false") from None
 
 
 def save_checkpoint(args, seed, config, parts, history):
@@ -606,6 +613,7 @@ def save_checkpoint(args, seed, config, parts, history):
     content = {
         "model": args.name,
         "seed": seed,
+        "device": args.device.type,
         "config": config,
         "history": history,
         "random": torch.get_rng_state(),
@@ -621,6 +629,8 @@ def log_epoch(history, lr, train_figures, test_figures, seconds):
     names = ("lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds")
     values = (lr, *train_figures, *test_figures, seconds)
     history.append({"epoch": len(history) + 1, **dict(zip(names, values, strict=True))})
+    if not math.isfinite(test_figures[0]):
+        raise UserError(f"the loss is not finite after epoch {len(history)}: try a smaller --max-lr")
     if sys.stdout.isatty():
         line = "epoch {:2}  rate {:<7.2g}  train {:.4f} {:.2f}%  test {:.4f} {:.2f}%  {:.1f} s"
     else:
@@ -687,12 +697,12 @@ def finish(args, model, summaries, histories, data):
     """Draw the pictures, print the closing block, return the exit status: 3 where `--target` was missed."""
     pictures = ("training", "misclassified", "confusion")
     training, gallery, confusion = (args.images_dir / f"{args.name}_{what}.png" for what in pictures)
-    plot_training(training, args.name, histories)
+    evaluated = "holdout" if args.holdout else "test"
+    plot_training(training, args.name, histories, evaluated)
     logits = evaluate(model, data.test_images, data.test_labels)[2]
     one = f"{args.name}, seed {args.seeds[-1]}"
     plot_misclassified(gallery, one, data.test_images, data.test_labels, logits)
     plot_confusion(confusion, one, data.test_labels, logits)
-    evaluated = "holdout" if args.holdout else "test"
     lines = [
         f"{args.name}: {sum(p.numel() for p in model.parameters()):,} parameters; {evaluated} accuracy in %"
     ]
@@ -716,14 +726,15 @@ def finish(args, model, summaries, histories, data):
         per_seed = [{"seed": seed, **s} for seed, s in zip(args.seeds, summaries, strict=True)]
         write_json(args.output_dir / "summary.json", {"model": args.name, "seeds": per_seed, **table})
     lowest = min(s["last5_min"] for s in summaries)
-    target = args.target or 99.4
+    target = 99.4 if args.target is None else args.target
     missed = lowest < target or len(histories[0]) < 5
     lines.append(f"target, {target:g}% in each of the last five epochs: {'missed' if missed else 'met'}")
-    lines.append(f"model and metrics: {args.output_dir}")
+    directory = seed_dir(args.output_dir, args, args.seeds[-1])
+    lines.append(f"model and metrics: {directory}")
     lines.append(f"pictures: {training}, {gallery}, {confusion}")
-    lines.append(f"next: python train_{args.name}.py --predict PICTURE, to have your own digit read")
+    lines.append(f"next: python train_{args.name}.py --output-dir {directory} --predict PICTURE")
     print("\n".join(lines), flush=True)
-    return 3 if missed and args.target else 0
+    return 3 if missed and args.target is not None else 0
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -782,12 +793,12 @@ def figure(*size):
     return fig
 
 
-def plot_training(path, name, histories):
+def plot_training(path, name, histories, evaluated="test"):
     """Draw loss and accuracy by epoch: the mean over the runs in `histories` and, for several, the range."""
     epochs = [epoch["epoch"] for epoch in histories[0]]
     fig = figure(10, 4.2)
     loss, accuracy = fig.subplots(1, 2)
-    for key, label, color, marker in (("train", "training", ORANGE, "s"), ("test", "test", BLUE, "o")):
+    for key, label, color, marker in (("train", "training", ORANGE, "s"), ("test", evaluated, BLUE, "o")):
         for axes, what in ((loss, "loss"), (accuracy, "acc")):
             runs = torch.tensor([[epoch[f"{key}_{what}"] for epoch in history] for history in histories])
             axes.plot(epochs, runs.mean(0), color=color, marker=marker, markersize=4, label=label)
@@ -831,7 +842,7 @@ def plot_digits(path, title, digits, captions):
         axes.axis("off")
         if place < len(digits):
             axes.imshow(digits[place, 0].cpu(), cmap="gray_r", vmin=0, vmax=255)
-            axes.set_title(captions[place], fontsize=8)
+            axes.set_title(captions[place], fontsize=8, parse_math=False)
     write_whole(path, fig.savefig)
 
 

@@ -1,6 +1,6 @@
 """Train M4 without one of its four helpers at a time: python tests/ablation.py [ROW …]
 
-Each row (all of them, where none is named) runs on the seeds 11 12 13 with `--holdout 10000` and goes into a
+Each row (all of them, where none is named) runs on the seeds 11 12 with `--holdout 10000` and goes into a
 directory of its own below runs/ablation, from which tests/figures.py makes the table and the picture.
 """
 
@@ -29,7 +29,7 @@ def main():
         utils.one_cycle = (lambda *_: None) if "OneCycle" in row else one_cycle
         directory = f"runs/ablation/{row}"
         options = (
-            f"--holdout 10000 --seeds 11 12 13 --output-dir {directory} --images-dir {directory}".split()
+            f"--holdout 10000 --seeds 11 12 --output-dir {directory} --images-dir {directory}".split()
         )
         sys.argv[1:] = [*options, "--resume"]
         train_M4.main()

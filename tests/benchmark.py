@@ -90,9 +90,7 @@ def ours(args):
     data = utils.load_data(args)
     model, average = utils.build(models.MNIST_CNN_M4, args, 1, train_M4.DROPOUT)
     optimizer = torch.optim.AdamW(model.parameters(), 0.001, fused=True)
-    scheduler = utils.one_cycle(
-        optimizer, 0.001, 1, args.images, args.batch_size, train_M4.WARMUP, train_M4.CYCLE
-    )
+    scheduler = utils.one_cycle(optimizer, 0.001, 1, args.images, args.batch_size, train_M4.WARMUP)
 
     def train():
         recipe = (train_M4.AUGMENT, train_M4.AVERAGE_DECAY)
@@ -150,7 +148,7 @@ def seconds_to_target(args):
     optimizer = torch.optim.AdamW(
         model.parameters(), train_M4.MAX_LR, weight_decay=train_M4.WEIGHT_DECAY, fused=True
     )
-    cycle = (args.epochs, len(data.train_labels), args.batch_size, train_M4.WARMUP, train_M4.CYCLE)
+    cycle = (args.epochs, len(data.train_labels), args.batch_size, train_M4.WARMUP)
     scheduler = utils.one_cycle(optimizer, train_M4.MAX_LR, *cycle)
     start = time.perf_counter()
     for epoch in range(1, args.epochs + 1):

@@ -30,6 +30,8 @@ COLORS = {"M1": "#E69F00", "M2": "#009E73", "M3": "#CC79A7", "M4": "#0072B2"}
 def read_metrics(directory):
     """Return the content of every metrics.json one level below `directory`, by seed."""
     runs = [json.loads(path.read_text()) for path in directory.glob("seed-*/metrics.json")]
+    if any(run["config"] != runs[0]["config"] for run in runs):
+        sys.exit(f"error: the runs in {directory} were made with different settings")
     return sorted(runs, key=lambda run: run["seed"])
 
 

@@ -75,6 +75,24 @@ def test_deep_pictures_shadows_and_turned_photographs(tmp_path):
     assert distance(models.prepare_digit(tmp_path / "shadow.png"), plain) < 8
 
 
+@pytest.mark.parametrize("width", [1, 4, 12])
+def test_a_thin_one_is_no_matter(tmp_path, width):
+    page = Image.new("L", (400, 400))
+    page.paste(255, (200, 40, 200 + width, 360))
+    page.save(tmp_path / "one.png")
+    digit = models.prepare_digit(tmp_path / "one.png")[0, 0]
+    rows = digit.amax(1).nonzero()
+    assert digit.max() == 255 and rows[-1] - rows[0] == 19 and digit.amax(0).count_nonzero() <= 2
+
+
+def test_the_edge_of_the_page_is_no_ink(tmp_path):
+    plain = models.prepare_digit(draw(tmp_path / "plain.png"))
+    page = Image.open(tmp_path / "plain.png")
+    page.paste(200, (0, 0, 300, 6))
+    page.save(tmp_path / "edge.png")
+    assert distance(models.prepare_digit(tmp_path / "edge.png"), plain) < 3
+
+
 def bomb(path, side):
     """Write a PNG that says it is `side` pixels wide and high, and return its path."""
 
@@ -110,7 +128,7 @@ def test_what_is_no_digit_is_refused(tmp_path):
 
 
 def test_predict_answers_every_file(run_script, tmp_path):
-    three, two = draw(tmp_path / "three.png"), draw(tmp_path / "again.jpg", "RGB", True)
+    three, two = draw(tmp_path / "three.png"), draw(tmp_path / r"$\again$.jpg", "RGB", True)
     done = run_script("train_M2.py", "--predict", str(three))
     assert done.returncode == 2 and "python train_M2.py" in done.stderr
     torch.manual_seed(0)

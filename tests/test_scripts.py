@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import draw_digits
 from matplotlib.image import imread
 
 import models
@@ -51,8 +52,6 @@ def test_script_runs_to_the_end(name, run_script, tmp_path):
         picture = imread(out / "images" / f"{name}_{what}.png")
         assert min(picture.shape[:2]) > 100 and picture[..., :3].std() > 0.02
     # What the saved weights score is what the last epoch says.
-    from conftest import draw_digits
-
     images, labels = draw_digits(200, 2)
     scored = utils.evaluate(model, images.unsqueeze(1), labels.long())[1]
     assert scored == pytest.approx(accuracies[-1])
@@ -80,7 +79,6 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(run_script, tmp_path):
     process.stdout.readline(), process.stdout.readline()
     process.kill()
     process.communicate()
-    assert not (tmp_path / "killed" / "metrics.json").exists()
     done = run_script("train_M4.py", *options, "--resume", output="killed")
     assert done.returncode == 0 and "epoch=1 " not in done.stdout and "epoch=4 " in done.stdout
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
@@ -111,8 +109,9 @@ def test_damaged_channel_and_checkpoint_exit_with_2(run_script, tmp_path):
 
 
 MISTAKES = [
-    ("--epochs 0", "1 or more"),
+    ("--epochs 0", "1 to 100,000"),
     ("--epochs 3.0", "3.0"),
+    (f"--epochs 1{'0' * 400}", "whole number"),
     ("--batch-size 1", "2 to 60,000"),
     ("--max-lr nan", "nan"),
     ("--max-lr -1", "--max-lr"),
@@ -153,6 +152,48 @@ def test_sagemaker_sets_the_defaults(monkeypatch, tmp_path):
     monkeypatch.setenv("SM_CHANNEL_TRAINING", str(tmp_path / "first"))
     monkeypatch.setenv("SM_MODEL_DIR", str(tmp_path / "other"))
     assert utils.parse_args("M4", "", 128, 0.01, []).data_dir == tmp_path / "first"
+
+
+@pytest.mark.parametrize("target, status", [("99.5", 0), ("99.51", 3), (None, 0)])
+def test_target_is_held_by_each_of_the_last_five_epochs(target, status, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = utils.parse_args("M4", "", 128, 0.01, [] if target is None else ["--target", target])
+    args.device = torch.device("cpu")
+    scores = [90.0, 99.9, 99.5, 99.6, 99.7, 99.5, 99.8]
+    keys = ("train_loss", "train_acc", "test_loss", "seconds")
+    epochs = [
+        {"epoch": n + 1, "test_acc": score, **dict.fromkeys(keys, 1.0)} for n, score in enumerate(scores)
+    ]
+    images, labels = draw_digits(20, 1)
+    data = utils.Data(None, None, images.unsqueeze(1), labels.long())
+    model = models.MNIST_CNN_M4()
+    assert utils.finish(args, model, [utils.summarize(epochs)], [epochs], data) == status
+    assert ("missed" in capsys.readouterr().out) == (status == 3)
+
+
+def test_only_the_first_of_several_processes_trains(run_script, tmp_path):
+    done = run_script("train_M1.py", RANK="1")
+    assert done.returncode == 0 and "rank 0" in done.stdout and not (tmp_path / "out").exists()
+
+
+def test_the_reason_of_a_failure_is_left_for_sagemaker(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(utils, "SAGEMAKER", tmp_path)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    args = utils.parse_args("M4", "", 128, 0.01, ["--predict", "x.png"])
+    assert args.resume and args.checkpoint_dir == tmp_path / "checkpoints"
+    with pytest.raises(SystemExit) as stop:
+        utils.fail("no\nroom " + "x" * 2000)
+    reason = (tmp_path / "output" / "failure").read_text()
+    assert stop.value.code == 2 and reason.startswith("error: no room x") and len(reason) == 1024
+
+
+def test_a_named_channel_is_read_only_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("SM_CHANNEL_TRAIN", str(tmp_path))
+    args = utils.parse_args("M4", "", 128, 0.01, ["--predict", "x", "--data-dir", f"{tmp_path}/x/.."])
+    assert args.read_only_data
+    args = utils.parse_args("M4", "", 128, 0.01, ["--predict", "x", "--data-dir", f"{tmp_path}/x"])
+    assert not args.read_only_data
 
 
 def test_two_scripts_differ_in_model_recipe_and_docstring_only():

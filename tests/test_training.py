@@ -49,6 +49,16 @@ def test_known_shift_and_scale(monkeypatch, blob):
     assert utils.augment_batch(square, **(NONE | {"scale": 0.5})).sum().item() == pytest.approx(225, rel=0.05)
 
 
+def test_known_shear_lands_where_it_should(monkeypatch):
+    fixed_draw(monkeypatch, 0, 1.0, 0, 0, 0)
+    line = torch.zeros(1, 1, 28, 28)
+    line[..., 13:15] = 1
+    out = utils.augment_batch(line, **(NONE | {"shear": 45}))[0, 0]
+    # At 45 degrees a row moves by as many pixels as it lies from the middle.
+    middles = (out * torch.arange(28)).sum(1)[7:21] / out.sum(1)[7:21]
+    assert torch.allclose((middles[1:] - middles[:-1]).abs(), torch.ones(13), atol=0.01)
+
+
 def test_draws_keep_to_their_limits(blob):
     torch.manual_seed(0)
     out = utils.augment_batch(blob.expand(500, 1, 28, 28), **(NONE | {"shift": 0.1}))
@@ -59,7 +69,7 @@ def test_draws_keep_to_their_limits(blob):
 def test_one_cycle_follows_torch():
     weight = nn.Parameter(torch.zeros(1))
     ours, theirs = (torch.optim.SGD([weight], 0.1) for _ in range(2))
-    schedule = utils.one_cycle(ours, 0.02, 6, 1000, 128, 0.25, 0.5)
+    schedule = utils.one_cycle(ours, 0.02, 3, 1000, 128, 0.25)
     reference = torch.optim.lr_scheduler.OneCycleLR(theirs, 0.02, epochs=3, steps_per_epoch=8, pct_start=0.25)
     rates = []
     for step in range(24):
