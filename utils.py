@@ -801,9 +801,11 @@ def plot_training(path, name, histories, evaluated="test"):
     for key, label, color, marker in (("train", "training", ORANGE, "s"), ("test", evaluated, BLUE, "o")):
         for axes, what in ((loss, "loss"), (accuracy, "acc")):
             runs = torch.tensor([[epoch[f"{key}_{what}"] for epoch in history] for history in histories])
-            axes.plot(epochs, runs.mean(0), color=color, marker=marker, markersize=4, label=label)
+            axes.plot(epochs, runs.mean(0).tolist(), color=color, marker=marker, markersize=4, label=label)
             if len(runs) > 1:
-                axes.fill_between(epochs, runs.amin(0), runs.amax(0), color=color, alpha=0.25, linewidth=0)
+                axes.fill_between(
+                    epochs, runs.amin(0).tolist(), runs.amax(0).tolist(), color=color, alpha=0.25, linewidth=0
+                )
     accuracy.axhline(99.4, color="black", linestyle="--", linewidth=1, label="target, 99.4%")
     lowest = min(epoch["test_acc"] for history in histories for epoch in history[len(epochs) // 3 :])
     # The interesting tenths of a percent are at the top: the first epochs may start below the axis.

@@ -28,9 +28,7 @@ def main():
         vars(train_M4).update(recipe | ROWS[row])
         utils.one_cycle = (lambda *_: None) if "OneCycle" in row else one_cycle
         directory = f"runs/ablation/{row}"
-        options = (
-            f"--holdout 10000 --seeds 11 12 --output-dir {directory} --images-dir {directory}".split()
-        )
+        options = f"--holdout 10000 --seeds 11 12 --output-dir {directory} --images-dir {directory}".split()
         sys.argv[1:] = [*options, "--resume"]
         train_M4.main()
 
