@@ -3,18 +3,21 @@
 reads   runs/Mx/seed-S/metrics.json and model.pt of `python train_Mx.py --seeds 1 2 3 4 5`, and the runs of
         tests/ablation.py below runs/ablation
 writes  images/ladder.png, images/augmentation.png, images/ablation.png
-prints  Markdown tables: results over the seeds, the ablation, receptive fields, and how many of M4's errors
-        the seeds share
+prints  Markdown tables: results over the seeds, the ablation, receptive fields; how many of M4's errors the seeds
+        share, and how many test images it reads right as pictures of their own
 """
 
 import argparse
+import io
 import json
+import random
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from PIL import Image, ImageOps
 from torch import nn
 
 import models
@@ -176,6 +179,27 @@ def print_shared_errors(directory, images, labels):
     print(", ".join(f"{count} by {n}" for n, count in enumerate(by_count) if n))
 
 
+def print_pasted(path, images, labels):
+    """Print how many of the test images a model still reads right when each is a picture of its own: scaled to 28
+    to 200 pixels, anywhere on a page of up to three times its size, half of them dark on light.
+    """
+    model, chance, digits = models.load_model(models.MNIST_CNN_M4, path), random.Random(0), []
+    for image in images[:, 0]:
+        side = chance.randint(28, 200)
+        digit = Image.fromarray(image.numpy()).resize((side, side), Image.Resampling.BICUBIC)
+        width, height = chance.randint(side, 3 * side), chance.randint(side, 3 * side)
+        page = Image.new("L", (width, height))
+        page.paste(digit, (chance.randint(0, width - side), chance.randint(0, height - side)))
+        if chance.random() < 0.5:
+            page = ImageOps.invert(page)
+        file = io.BytesIO()
+        page.save(file, "png")
+        file.seek(0)
+        digits.append(models.prepare_digit(file))
+    read = torch.tensor([digit for digit, _, _ in models.predict(model, torch.cat(digits))])
+    print(f"\nTest images read right as pictures of their own: {100 * (read == labels).double().mean():.2f}%")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
@@ -190,6 +214,9 @@ def main():
         print_results(runs)
         draw_ladder(args.images_dir / "ladder.png", runs)
         print_shared_errors(args.runs / "M4", test_images, test_labels)
+        print_pasted(args.runs / "M4" / "seed-1" / "model.pt", test_images, test_labels)
+    else:
+        print(f"\nNot all of the four models have finished runs in {args.runs}: no results, no ladder")
     rows = {
         path.name.replace("-", " "): read_metrics(path) for path in sorted((args.runs / "ablation").glob("*"))
     }
