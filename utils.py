@@ -827,7 +827,7 @@ def plot_confusion(path, name, labels, logits):
     wrong = counts - counts.diag().diag()
     fig = figure(5.2, 5)
     axes = fig.subplots()
-    axes.imshow(wrong, cmap="Blues", vmax=max(4, wrong.max()) * 1.5)
+    axes.imshow(wrong.numpy(), cmap="Blues", vmax=1.5 * max(4, wrong.max().item()))
     for true, read in wrong.nonzero().tolist():
         axes.text(read, true, int(wrong[true, read]), ha="center", va="center")
     axes.set(xticks=range(10), yticks=range(10), xlabel="read as (digit)", ylabel="true (digit)")
@@ -843,7 +843,7 @@ def plot_digits(path, title, digits, captions):
     for place, axes in enumerate(fig.subplots(rows, 10, squeeze=False).flat):
         axes.axis("off")
         if place < len(digits):
-            axes.imshow(digits[place, 0].cpu(), cmap="gray_r", vmin=0, vmax=255)
+            axes.imshow(digits[place, 0].cpu().numpy(), cmap="gray_r", vmin=0, vmax=255)
             axes.set_title(captions[place], fontsize=8, parse_math=False)
     write_whole(path, fig.savefig)
 

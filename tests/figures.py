@@ -114,8 +114,10 @@ def draw_ladder(path, runs):
         if results:
             scores = torch.tensor([[epoch["test_acc"] for epoch in run["history"]] for run in results])
             epochs, color = range(1, scores.shape[1] + 1), COLORS[name]
-            left.plot(epochs, scores.mean(0), color=color, label=name, marker="o", markersize=3)
-            left.fill_between(epochs, scores.amin(0), scores.amax(0), color=color, alpha=0.25, linewidth=0)
+            left.plot(epochs, scores.mean(0).tolist(), color=color, label=name, marker="o", markersize=3)
+            left.fill_between(
+                epochs, scores.amin(0).tolist(), scores.amax(0).tolist(), color=color, alpha=0.25, linewidth=0
+            )
             final, parameters = scores[:, -1], results[0]["parameters"]
             bars = [[final.mean() - final.min()], [final.max() - final.mean()]]
             right.errorbar(parameters, final.mean(), bars, color=color, marker="o", capsize=4)
@@ -146,7 +148,7 @@ def draw_ablation(path, rows):
     axes = fig.subplots()
     for place, results in enumerate(rows.values()):
         final = torch.tensor([run["summary"]["final_test_acc"] for run in results])
-        axes.plot(final, [place] * len(final), "o", color=utils.BLUE, alpha=0.5, label="one seed")
+        axes.plot(final.tolist(), [place] * len(final), "o", color=utils.BLUE, alpha=0.5, label="one seed")
         axes.plot(
             final.mean(), place, "|", color=utils.ORANGE, markersize=22, markeredgewidth=3, label="mean"
         )
