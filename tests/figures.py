@@ -122,7 +122,7 @@ def draw_ladder(path, runs):
             bars = [[final.mean() - final.min()], [final.max() - final.mean()]]
             right.errorbar(parameters, final.mean(), bars, color=color, marker="o", capsize=4)
             # M3 and M4 stand so close that one name goes to the right and one to the left.
-            beside = (9, -4) if name in ("M1", "M3") else (-26, -4)
+            beside = (-26, -4) if name == "M4" else (9, -4)
             right.annotate(name, (parameters, final.mean()), beside, textcoords="offset points", color=color)
     for axes in (left, right):
         axes.axhline(99.4, color="black", linestyle="--", linewidth=1, label="target, 99.4%")
