@@ -154,7 +154,8 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog=f"a quick look:  python train_{name}.py --epochs 1 --limit 6000",
+        epilog="a quick look, kept apart from finished runs:\n  "
+        f"python train_{name}.py --epochs 1 --limit 6000 --output-dir runs/quick --images-dir runs/quick",
     )
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1, 100_000), default=15, metavar="N", help="epochs (15)")
@@ -174,7 +175,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     add("--limit", type=number(int, 1, 60_000), metavar="N", help="only the first N training images (all)")
     help = "exit status 3 unless each of the last five epochs reaches ACC percent"
     add("--target", type=number(float, 0, 100), metavar="ACC", help=help)
-    help = "go on from the last finished epoch (off; on where /opt/ml/checkpoints exists)"
+    help = "go on, with the same settings, from the last finished epoch (off; on where /opt/ml/checkpoints exists)"
     resume = {"type": boolean, "nargs": "?", "const": True, "default": on_sagemaker, "metavar": "BOOL"}
     add("--resume", **resume, help=help)
     add("--_tuning_objective_metric", help=argparse.SUPPRESS)
@@ -748,7 +749,9 @@ def classify(args, model_class):
     try:
         model = load_model(model_class, path)
     except FileNotFoundError:
-        raise UserError(f"there is no {path} yet; train one with: python train_{args.name}.py") from None
+        below = [str(found) for found in sorted(args.output_dir.glob("seed-*"))]
+        hint = f"give one of {', '.join(below)} as --output-dir" if below else "train one"
+        raise UserError(f"there is no {path}: {hint}, with python train_{args.name}.py") from None
     except ValueError as error:
         raise UserError(f"{error}; train one with: python train_{args.name}.py") from None
     digits, files, status = [], [], 0
@@ -769,7 +772,7 @@ def classify(args, model_class):
             for file, (digit, confidence, _) in zip(files, answers, strict=True)
         ]
         plot_digits(path, f"{args.name}: as the network saw them", torch.cat(digits), titles)
-        print(f"What the network saw: {path}")
+        print(f"read with {args.output_dir / 'model.pt'}; what the network saw: {path}")
     return status
 
 
@@ -795,6 +798,8 @@ def figure(*size):
 
 def plot_training(path, name, histories, evaluated="test"):
     """Draw loss and accuracy by epoch: the mean over the runs in `histories` and, for several, the range."""
+    from matplotlib.ticker import LogLocator
+
     epochs = [epoch["epoch"] for epoch in histories[0]]
     fig = figure(10, 4.2)
     loss, accuracy = fig.subplots(1, 2)
@@ -813,8 +818,11 @@ def plot_training(path, name, histories, evaluated="test"):
     loss.set_yscale("log")
     loss.set(xlabel="epoch", ylabel="loss (nats per image)", title=f"{name}: loss")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{name}: accuracy")
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.minorticks_off()
     for axes in (loss, accuracy):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xticks(epochs[:: math.ceil(len(epochs) / 15)])
         axes.grid(alpha=0.3)
     # Below the axes, where no curve can run under it.
     fig.legend(handles=accuracy.get_lines(), loc="outside lower center", ncols=3)
