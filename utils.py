@@ -1,7 +1,7 @@
 """What the four training scripts share, in sections:
 
 errors and signals, command line, data, augmentation, weight average and schedule, one epoch of training,
-evaluation, checkpoints and outputs, plots.
+evaluation, checkpoints and outputs, prediction, plots.
 """
 
 import argparse
@@ -467,7 +467,7 @@ def keep_freed_memory():
 def build(model_class, args, seed, *model_args):
     """Return a new model on the device and the average of its weights, both the same for the same seed."""
     keep_freed_memory()
-    if args.device.type == "cuda":
+    if args.device.type == "cuda" and args.device.index is not None:
         torch.cuda.set_device(args.device)  # whose random state is the one that is saved
     torch.backends.cudnn.deterministic = True  # the same seed gives the same figures on a GPU as well
     torch.manual_seed(seed)
