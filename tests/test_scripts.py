@@ -92,7 +92,9 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(run_script, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="no SIGTERM there")
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_with_the_command_that_resumes(run_script, number, status):
-    process = run_script("train_M2.py", "--epochs", "500", start=subprocess.Popen)
+    # A shell's background job, which the tests may be, ignores SIGINT from the start.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    process = run_script("train_M2.py", "--epochs", "500", start=subprocess.Popen, before=heed)
     process.stdout.readline()
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
