@@ -220,6 +220,9 @@ class MNIST_CNN_M4(nn.Module):
 MAX_PIXELS = 100_000_000  # more than any camera's picture; what is larger was made to fill the memory
 MIN_CONTRAST = 25  # grey levels of 255: what varies less is taken for a blank page
 GRAIN = 38  # grey levels of 255: fainter marks are the paper's
+# What zipfile and torch raise for a file that is damaged or carries code.
+DAMAGES = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, EOFError, ValueError)
+DAMAGES += (TypeError, LookupError, AttributeError, ArithmeticError, MemoryError)
 
 
 def load_file(path):
@@ -236,12 +239,10 @@ def load_file(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, OSError, RuntimeError, EOFError) as error:
-        damage = error
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError) as error:
-        damage = error
-    reason = damage.strerror if isinstance(damage, OSError) else "damaged, or more than weights"
-    raise ValueError(f"{path} cannot be used ({reason})")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be used ({error.strerror})") from None
+    except DAMAGES:
+        raise ValueError(f"{path} cannot be used (damaged, or more than weights)") from None
 
 
 def load_model(model_class, path):

@@ -105,16 +105,15 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
 
-def number(kind, low, high=math.inf):
-    """Return an argparse type: a finite number of `kind`, int or float, from `low` to `high`."""
+def number(kind, low, high):
+    """Return an argparse type: a number of `kind`, int or float, from `low` to `high`."""
     what = "whole number" if kind is int else "number"
-    limits = f"{low:,} or more" if high == math.inf else f"{low:,} to {high:,}"
 
     def parse(text):
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high and kind(text) < math.inf:
+            if low <= kind(text) <= high:
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {what}, {limits}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what}, {low:,} to {high:,}")
 
     return parse
 
@@ -763,16 +762,17 @@ def classify(args, model_class):
             print(f"error: {error}", file=sys.stderr)
             status = 2
     if digits:
-        answers = predict(model, torch.cat(digits))
+        digits = torch.cat(digits)
+        answers = predict(model, digits)
         for file, (digit, confidence, second) in zip(files, answers, strict=True):
             print(f"{file}: {digit}, {100 * confidence:.1f}% sure, then {second}")
-        path = args.images_dir / f"{args.name}_predictions.png"
+        picture = args.images_dir / f"{args.name}_predictions.png"
         titles = [
             f"{file.name[-14:]}\n{digit}, {100 * confidence:.0f}% sure"
             for file, (digit, confidence, _) in zip(files, answers, strict=True)
         ]
-        plot_digits(path, f"{args.name}: as the network saw them", torch.cat(digits), titles)
-        print(f"read with {args.output_dir / 'model.pt'}; what the network saw: {path}")
+        plot_digits(picture, f"{args.name}: as the network saw them", digits, titles)
+        print(f"read with {path}; what the network saw: {picture}")
     return status
 
 
@@ -796,6 +796,13 @@ def figure(*size):
     return fig
 
 
+def plot_mean_and_range(axes, epochs, runs, color, **style):
+    """Draw the mean over `runs`, (runs, epochs), as a line and their range as a band behind it."""
+    axes.plot(epochs, runs.mean(0).tolist(), color=color, **style)
+    low, high = runs.amin(0).tolist(), runs.amax(0).tolist()
+    axes.fill_between(epochs, low, high, color=color, alpha=0.25, linewidth=0)
+
+
 def plot_training(path, name, histories, evaluated="test"):
     """Draw loss and accuracy by epoch: the mean over the runs in `histories` and, for several, the range."""
     from matplotlib.ticker import LogLocator
@@ -806,11 +813,7 @@ def plot_training(path, name, histories, evaluated="test"):
     for key, label, color, marker in (("train", "training", ORANGE, "s"), ("test", evaluated, BLUE, "o")):
         for axes, what in ((loss, "loss"), (accuracy, "acc")):
             runs = torch.tensor([[epoch[f"{key}_{what}"] for epoch in history] for history in histories])
-            axes.plot(epochs, runs.mean(0).tolist(), color=color, marker=marker, markersize=4, label=label)
-            if len(runs) > 1:
-                axes.fill_between(
-                    epochs, runs.amin(0).tolist(), runs.amax(0).tolist(), color=color, alpha=0.25, linewidth=0
-                )
+            plot_mean_and_range(axes, epochs, runs, color, label=label, marker=marker, markersize=4)
     accuracy.axhline(99.4, color="black", linestyle="--", linewidth=1, label="target, 99.4%")
     lowest = min(epoch["test_acc"] for history in histories for epoch in history[len(epochs) // 3 :])
     # The interesting tenths of a percent are at the top: the first epochs may start below the axis.

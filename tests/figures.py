@@ -38,10 +38,10 @@ def read_metrics(directory):
     return sorted(runs, key=lambda run: run["seed"])
 
 
-def spread(values, digits=2):
+def spread(values):
     """Return mean, standard deviation and minimum of `values` as text for a table."""
     values = torch.tensor(values, dtype=torch.double)
-    return f"{values.mean():.{digits + 1}f} ± {values.std():.{digits + 1}f} | {values.min():.{digits}f}"
+    return f"{values.mean():.3f} ± {values.std():.3f} | {values.min():.2f}"
 
 
 def receptive_fields(model):
@@ -81,21 +81,19 @@ def print_receptive_fields():
 
 
 def print_results(runs):
-    print(
-        "\n| model | parameters | final, mean ± std | lowest final | lowest of all last-five epochs | best epoch"
-    )
-    print("| training accuracy | time, s | seed document's best |\n|---|---|---|---|---|---|---|---|---|")
+    columns = ("model", "parameters", "final, mean ± std", "lowest final", "lowest of all last-five epochs")
+    columns += ("best epoch", "training accuracy", "time, s", "seed document's best")
+    print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for name, results in runs.items():
-        if results:
-            summaries = [run["summary"] for run in results]
-            final = spread([s["final_test_acc"] for s in summaries])
-            low, best = min(s["last5_min"] for s in summaries), max(s["best_test_acc"] for s in summaries)
-            train = sum(run["history"][-1]["train_acc"] for run in results) / len(results)
-            seconds = torch.tensor([s["train_seconds"] for s in summaries]).median()
-            print(
-                f"| {name} | {results[0]['parameters']:,} | {final} | {low:.2f} | {best:.2f} | {train:.2f} "
-                f"| {seconds:.0f} | {SEED_DOCUMENT[name]} |"
-            )
+        summaries = [run["summary"] for run in results]
+        final = spread([s["final_test_acc"] for s in summaries])
+        low, best = min(s["last5_min"] for s in summaries), max(s["best_test_acc"] for s in summaries)
+        train = sum(run["history"][-1]["train_acc"] for run in results) / len(results)
+        seconds = torch.tensor([s["train_seconds"] for s in summaries]).median()
+        print(
+            f"| {name} | {results[0]['parameters']:,} | {final} | {low:.2f} | {best:.2f} | {train:.2f} "
+            f"| {seconds:.0f} | {SEED_DOCUMENT[name]} |"
+        )
     for name, results in runs.items():
         print(
             f"\n{name}\n\n| seed | final | best | last-five minimum | last-five mean |\n|---|---|---|---|---|"
@@ -111,19 +109,15 @@ def draw_ladder(path, runs):
     fig = utils.figure(10, 4.4)
     left, right = fig.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for name, results in runs.items():
-        if results:
-            scores = torch.tensor([[epoch["test_acc"] for epoch in run["history"]] for run in results])
-            epochs, color = range(1, scores.shape[1] + 1), COLORS[name]
-            left.plot(epochs, scores.mean(0).tolist(), color=color, label=name, marker="o", markersize=3)
-            left.fill_between(
-                epochs, scores.amin(0).tolist(), scores.amax(0).tolist(), color=color, alpha=0.25, linewidth=0
-            )
-            final, parameters = scores[:, -1], results[0]["parameters"]
-            bars = [[final.mean() - final.min()], [final.max() - final.mean()]]
-            right.errorbar(parameters, final.mean(), bars, color=color, marker="o", capsize=4)
-            # M3 and M4 stand so close that one name goes to the right and one to the left.
-            beside = (-26, -4) if name == "M4" else (9, -4)
-            right.annotate(name, (parameters, final.mean()), beside, textcoords="offset points", color=color)
+        scores = torch.tensor([[epoch["test_acc"] for epoch in run["history"]] for run in results])
+        epochs, color = range(1, scores.shape[1] + 1), COLORS[name]
+        utils.plot_mean_and_range(left, epochs, scores, color, label=name, marker="o", markersize=3)
+        final, parameters = scores[:, -1], results[0]["parameters"]
+        bars = [[final.mean() - final.min()], [final.max() - final.mean()]]
+        right.errorbar(parameters, final.mean(), bars, color=color, marker="o", capsize=4)
+        # M3 and M4 stand so close that one name goes to the right and one to the left.
+        beside = (-26, -4) if name == "M4" else (9, -4)
+        right.annotate(name, (parameters, final.mean()), beside, textcoords="offset points", color=color)
     for axes in (left, right):
         axes.axhline(99.4, color="black", linestyle="--", linewidth=1, label="target, 99.4%")
         axes.grid(alpha=0.3)
