@@ -12,9 +12,9 @@ ANALYSIS  Capacity and images that are never the same twice bring the largest st
 
 import time
 
+import utils  # isort: skip (first: it answers a Ctrl-C while torch is imported)
 import torch
 
-import utils
 from models import MNIST_CNN_M3
 
 BATCH_SIZE = 128  # small enough for many steps in 15 epochs, large enough to keep two cores busy

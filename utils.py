@@ -9,7 +9,6 @@ import contextlib
 import copy
 import ctypes
 import difflib
-import functools
 import gzip
 import hashlib
 import io
@@ -31,11 +30,17 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
+# While torch is imported, which takes seconds, a Ctrl-C ends the process at once and without a traceback.
+if (ctrl_c := signal.getsignal(signal.SIGINT)) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from models import load_file, load_model, normalize, predict, prepare_digit, redraw_dropout_masks
+
+signal.signal(signal.SIGINT, ctrl_c)
 
 try:
     import fcntl
@@ -552,10 +557,17 @@ def write_whole(path, write):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save hides the reason when it cannot write
-        raise UserError(f"{path} could not be written: {error}") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} could not be written ({reason}): is there room on the disk?") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path, content):
+    buffer = io.BytesIO()  # torch.save itself, given a path, hides why it could not write
+    torch.save(content, buffer)
+    write_whole(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def write_json(path, content):
@@ -621,7 +633,7 @@ def save_checkpoint(args, seed, config, parts, history):
         **{name: part.state_dict() for name, part in parts.items() if part is not None},
     }
     path = seed_dir(args.checkpoint_dir, args, seed) / "checkpoint.pt"
-    write_whole(path, functools.partial(torch.save, content))
+    write_tensors(path, content)
 
 
 def log_epoch(history, lr, train_figures, test_figures, seconds):
@@ -668,7 +680,7 @@ def save_outputs(args, seed, config, average, history):
     """Write model.pt and metrics.json of one seed; return the summary."""
     directory = seed_dir(args.output_dir, args, seed)
     weights = {key: value.cpu().contiguous() for key, value in average.state_dict().items()}
-    write_whole(directory / "model.pt", functools.partial(torch.save, weights))
+    write_tensors(directory / "model.pt", weights)
     summary = summarize(history)
     content = {
         "model": args.name,

@@ -1,18 +1,22 @@
 """Interruption, full disks, damaged data and hostile files."""
 
+import builtins
+import errno
 import gzip
 import io
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 
 import pytest
 import torch
-from conftest import place
+from conftest import ROOT, place
 from test_data import arguments
 from test_scripts import history, same_weights
 
@@ -71,6 +75,21 @@ def test_25_kills_at_any_moment_change_nothing(run_script, tmp_path):
     print(f"{kills} kills, {attempt} runs")
 
 
+@posix
+def test_ctrl_c_while_torch_is_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
+    # A shell's background job, which the tests may be, ignores SIGINT from the start.
+    code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += f"runpy.run_path({str(ROOT / 'train_M4.py')!r}, run_name='__main__')"
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, **pipes)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == "" and process.returncode == 130
+
+
 def test_finished_seeds_are_not_repeated_and_longer_runs_refused(run_script):
     options = ("--epochs", "1", "--seeds", "1", "2")
     assert run_script("train_M1.py", *options).returncode == 0
@@ -96,6 +115,57 @@ def test_full_disk_keeps_what_was_there(run_script, tmp_path):
     for limit in (0, 20_000, 60_000):
         refused(run(limit, "--max-lr", "0.001"), "error: ")
         assert files(tmp_path / "out") == before
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can mount")
+def test_full_file_system_keeps_what_was_there(run_script, tmp_path):
+    options = ("--epochs", "2", "--resume", "false")
+    small = tmp_path / "out"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], check=False).returncode:
+        pytest.skip("no right to mount")
+    try:
+        assert run_script("train_M1.py", *options).returncode == 0
+        before = files(small)
+        filler = small / "filler"
+        room = shutil.disk_usage(small).free
+        for left in (0, 40_000, 90_000):
+            filler.write_bytes(bytes(room - left))
+            refused(run_script("train_M1.py", *options, "--max-lr", "0.001"), "checkpoint.pt", "No space left")
+            filler.unlink()
+            assert files(small) == before
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_memory_that_runs_out(capsys):
+    with pytest.raises(SystemExit) as stop:
+        utils.run(lambda: torch.empty(1 << 50))
+    assert stop.value.code == 2
+    assert "memory" in capsys.readouterr().err
+
+
+@posix
+def test_unreadable_files_are_named(small_md5, contents, tmp_path, monkeypatch):
+    place(contents, tmp_path)
+    name = "t10k-images-idx3-ubyte"
+    torch.save(models.MNIST_CNN_M1().state_dict(), tmp_path / "model.pt")
+    for path in (tmp_path / name, tmp_path / "model.pt"):
+        path.chmod(0)
+    if os.geteuid() == 0:  # who may read everything
+        real = builtins.open
+
+        def opened(path, *args, **kwargs):
+            if isinstance(path, (str, os.PathLike)) and os.stat(path).st_mode & 0o400 == 0:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "open", opened)
+        monkeypatch.setattr(io, "open", opened)
+    with pytest.raises(utils.UserError, match=f"{name} cannot be read.*Permission denied"):
+        utils.load_data(arguments(tmp_path, read_only_data=True))
+    with pytest.raises(ValueError, match="model.pt cannot be used .Permission denied"):
+        models.load_file(tmp_path / "model.pt")
 
 
 def test_output_that_cannot_be_a_directory(run_script, tmp_path):
