@@ -36,6 +36,7 @@ if (ctrl_c := signal.getsignal(signal.SIGINT)) is signal.default_int_handler:
 
 import torch
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from models import load_file, load_model, normalize, predict, prepare_digit, redraw_dropout_masks
@@ -424,20 +425,13 @@ def augment_batch(pixels, rotation, shear, scale, shift):
 # ---------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def update_average(average, model, decay, step):
-    """Move the weights and buffers of `average` towards those of `model` by 1 - `decay`.
+def update_average(averages, tensors, decay, step):
+    """Move each of the `averages` towards its one of the `tensors` by 1 - `decay`, in place.
 
     The first steps (counted from 0) use a smaller decay, or the average would keep the initial weights for
     epochs. Source: https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
     """
-    decay = min(decay, (1 + step) / (10 + step))
-    old, new = average.state_dict().values(), model.state_dict().values()
-    for mean, value in zip(old, new, strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
-        else:
-            mean.copy_(value)
+    get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(averages, tensors, None)
 
 
 def one_cycle(optimizer, max_lr, epochs, images, batch_size, warmup):
@@ -494,6 +488,10 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
     batches = torch.randperm(len(data.train_labels)).to(args.device).split(args.batch_size)
     if len(batches[-1]) == 1:
         batches = batches[:-1]  # batch norm cannot take the statistics of one image
+    # Batch norm's running statistics are averaged too; its counter, the one whole number, is not.
+    averages, tensors = (
+        [tensor for tensor in m.state_dict().values() if tensor.is_floating_point()] for m in (average, model)
+    )
     losses, correct, seen = [], torch.zeros((), dtype=torch.long, device=args.device), 0
     layout, title = "{percentage:3.0f}% |{bar}| {desc}", f"epoch {epoch}/{args.epochs}"
     bar = tqdm(batches, title, leave=False, disable=None, bar_format=layout)
@@ -510,7 +508,7 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
         # The last step of OneCycle has no rate to go on to.
         if scheduler and scheduler.last_epoch < scheduler.total_steps - 1:
             scheduler.step()
-        update_average(average, model, average_decay, (epoch - 1) * len(batches) + step)
+        update_average(averages, tensors, average_decay, (epoch - 1) * len(batches) + step)
         losses.append(loss.detach() * len(batch))
         correct += (logits.detach().argmax(1) == labels).sum()
         seen += len(batch)

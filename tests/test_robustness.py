@@ -131,7 +131,9 @@ def test_full_file_system_keeps_what_was_there(run_script, tmp_path):
         room = shutil.disk_usage(small).free
         for left in (0, 40_000, 90_000):
             filler.write_bytes(bytes(room - left))
-            refused(run_script("train_M1.py", *options, "--max-lr", "0.001"), "checkpoint.pt", "No space left")
+            refused(
+                run_script("train_M1.py", *options, "--max-lr", "0.001"), "checkpoint.pt", "No space left"
+            )
             filler.unlink()
             assert files(small) == before
     finally:

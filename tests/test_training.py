@@ -85,15 +85,27 @@ def test_one_cycle_follows_torch():
 
 
 def test_average_follows_the_weights():
-    model, average = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
-    with torch.no_grad():
-        (model.weight.fill_(3), model.running_mean.fill_(5), model.num_batches_tracked.fill_(7))
-    utils.update_average(average, model, 0.9, 10_000)
-    assert average.weight.tolist() == pytest.approx([1.2, 1.2])
-    assert average.running_mean.tolist() == pytest.approx([0.5, 0.5])
-    assert average.num_batches_tracked == 7
-    utils.update_average(average, model, 0.9, 0)
-    assert average.weight.tolist() == pytest.approx([0.1 * 1.2 + 0.9 * 3] * 2)
+    averages, tensors = [torch.ones(2), torch.zeros(3)], [torch.full((2,), 3.0), torch.full((3,), 5.0)]
+    utils.update_average(averages, tensors, 0.9, 10_000)
+    assert averages[0].tolist() == pytest.approx([1.2] * 2) and averages[1].tolist() == pytest.approx(
+        [0.5] * 3
+    )
+    utils.update_average(averages, tensors, 0.9, 0)
+    assert averages[0].tolist() == pytest.approx([0.1 * 1.2 + 0.9 * 3] * 2)
+
+
+def test_training_averages_weights_and_batch_norm_statistics():
+    args = SimpleNamespace(device=torch.device("cpu"), batch_size=8, epochs=1, max_lr=0.01)
+    model, average = utils.build(models.MNIST_CNN_M4, args, 1, 0.0)
+    images = torch.randint(0, 256, (8, 1, 28, 28), dtype=torch.uint8)
+    data = utils.Data(images, torch.arange(8), None, None)
+    before = {key: value.clone() for key, value in average.state_dict().items()}
+    utils.train(model, average, data, torch.optim.AdamW(model.parameters(), 0.01), None, args, 1)
+    after = model.state_dict()
+    for key, value in average.state_dict().items():
+        if value.is_floating_point():  # the first step's decay is 0.1
+            assert torch.allclose(value, 0.1 * before[key] + 0.9 * after[key], atol=1e-6), key
+            assert not torch.equal(value, before[key]), key
 
 
 def test_evaluation_is_exact_and_never_augmented(monkeypatch):
