@@ -75,6 +75,8 @@ def run(main):
         if isinstance(error, RuntimeError) and "alloc" not in str(error):
             raise
         fail("there is not enough memory: try a smaller --batch-size")
+    except BrokenPipeError:
+        fail("nobody reads the output any more; finished epochs are kept, and --resume goes on from them")
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         fail(f"{what}; check that the directory can be written and that the disk has room")
