@@ -1,6 +1,6 @@
 """What the four training scripts share, in sections:
 
-errors and signals, command line, data, augmentation, weight average and schedule, one epoch of training,
+errors and signals, command line, data, augmentation, optimiser, one epoch of training,
 evaluation, checkpoints and outputs, prediction, plots.
 """
 
@@ -423,17 +423,52 @@ def augment_batch(pixels, rotation, shear, scale, shift):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Weight average and schedule
+# Optimiser, schedule and weight average
 # ---------------------------------------------------------------------------------------------------------
 
 
-def update_average(averages, tensors, decay, step):
-    """Move each of the `averages` towards its one of the `tensors` by 1 - `decay`, in place.
+def orthogonalize(matrices):
+    """Return `matrices`, float (N, rows, columns), with all singular values brought to between 0.7 and 1.2.
 
-    The first steps (counted from 0) use a smaller decay, or the average would keep the initial weights for
-    epochs. Source: https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
+    Five steps of a Newton-Schulz iteration: multiplications alone, where the exact answer takes a singular
+    value decomposition. Rows and columns of zeros stay as they are and change nothing else.
+    Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
     """
-    get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(averages, tensors, None)
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x
+
+
+class Muon(torch.optim.SGD):
+    """SGD with Nesterov momentum that makes the updates of the convolutions orthogonal.
+
+    The weights of a convolution are a matrix with a row for each output channel. Directions that the gradient
+    seldom takes are learnt as fast as the others when all singular values of an update are about 1.
+    Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
+    """
+
+    def __init__(self, model, lr, momentum=0.95):
+        matrices = [p for p in model.parameters() if p.dim() == 4]
+        vectors = [p for p in model.parameters() if p.dim() < 4]
+        groups = [{"params": matrices, "momentum": 0}, {"params": vectors}]
+        super().__init__(groups, lr, momentum, nesterov=True, fused=True)
+
+    @torch.no_grad()
+    def step(self):
+        matrices, momentum = self.param_groups[0]["params"], self.param_groups[1]["momentum"]
+        rows, columns = max(len(p) for p in matrices), max(p[0].numel() for p in matrices)
+        # Padded to one size they make one batch, several times as fast as one after the other.
+        gradients = matrices[0].new_zeros(len(matrices), rows, columns)
+        for p, gradient in zip(matrices, gradients, strict=True):
+            gradient[: len(p), : p[0].numel()] = p.grad.flatten(1)
+        buffer = self.state[matrices[0]].setdefault("momentum_buffer", torch.zeros_like(gradients))
+        buffer.mul_(momentum).add_(gradients)
+        updates = orthogonalize(gradients + momentum * buffer)
+        for p, update in zip(matrices, updates, strict=True):
+            p.grad.copy_(update[: len(p), : p[0].numel()].view(p.shape))
+        super().step()
 
 
 def one_cycle(optimizer, max_lr, epochs, images, batch_size, warmup):
@@ -445,6 +480,15 @@ def one_cycle(optimizer, max_lr, epochs, images, batch_size, warmup):
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr, total_steps=steps, pct_start=warmup, cycle_momentum=False
     )
+
+
+def update_average(averages, tensors, decay, step):
+    """Move each of the `averages` towards its one of the `tensors` by 1 - `decay`, in place.
+
+    The first steps (counted from 0) use a smaller decay, or the average would keep the initial weights for
+    epochs. Source: https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
+    """
+    get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(averages, tensors, None)
 
 
 # ---------------------------------------------------------------------------------------------------------

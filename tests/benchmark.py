@@ -89,7 +89,7 @@ def usual(args):
 def ours(args):
     data = utils.load_data(args)
     model, average = utils.build(models.MNIST_CNN_M4, args, 1, train_M4.DROPOUT)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.001, fused=True)
+    optimizer = utils.Muon(model, 0.001)
     scheduler = utils.one_cycle(optimizer, 0.001, 1, args.images, args.batch_size, train_M4.WARMUP)
 
     def train():
@@ -145,9 +145,7 @@ def seconds_to_target(args):
     """Return the training seconds until an epoch of the recipe first reaches 99.4%, or None."""
     data = utils.load_data(args)
     model, average = utils.build(models.MNIST_CNN_M4, args, 1, train_M4.DROPOUT)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), train_M4.MAX_LR, weight_decay=train_M4.WEIGHT_DECAY, fused=True
-    )
+    optimizer = utils.Muon(model, train_M4.MAX_LR)
     cycle = (args.epochs, len(data.train_labels), args.batch_size, train_M4.WARMUP)
     scheduler = utils.one_cycle(optimizer, train_M4.MAX_LR, *cycle)
     start = time.perf_counter()

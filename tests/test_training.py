@@ -84,6 +84,36 @@ def test_one_cycle_follows_torch():
     assert rates[-1] == pytest.approx(0.02 / 25 / 1e4)
 
 
+def test_orthogonalized_keeps_directions_and_evens_out_strengths():
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 6, 20) * torch.tensor([0.01, 1, 100]).view(3, 1, 1)
+    left, strengths, right = torch.linalg.svd(matrices, full_matrices=False)
+    core = left.mT @ utils.orthogonalize(matrices) @ right.mT
+    even = core.diagonal(dim1=1, dim2=2)
+    assert torch.allclose(core, torch.diag_embed(even), atol=1e-3)
+    assert 0.6 < even.min() and even.max() < 1.3 and (strengths.amax(1) / strengths.amin(1)).min() > 1.8
+
+
+def test_muon_steps_as_its_definition_says():
+    torch.manual_seed(0)
+    model = models.MNIST_CNN_M4().to(memory_format=torch.channels_last)
+    optimizer = utils.Muon(model, 0.1, 0.9)
+    weights = [p.detach().clone() for p in model.parameters()]
+    momenta = [torch.zeros_like(p) for p in model.parameters()]
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        for weight, momentum, p in zip(weights, momenta, model.parameters(), strict=True):
+            momentum.mul_(0.9).add_(p.grad)
+            update = p.grad + 0.9 * momentum
+            if p.dim() == 4:
+                update = utils.orthogonalize(update.flatten(1).unsqueeze(0)).view_as(p)
+            weight.sub_(0.1 * update)
+        optimizer.step()
+    for weight, p in zip(weights, model.parameters(), strict=True):
+        assert torch.allclose(weight, p, atol=1e-4)
+
+
 def test_average_follows_the_weights():
     averages, tensors = [torch.ones(2), torch.zeros(3)], [torch.full((2,), 3.0), torch.full((3,), 5.0)]
     utils.update_average(averages, tensors, 0.9, 10_000)
