@@ -1,7 +1,7 @@
 """What the four training scripts share, in sections:
 
-errors and signals, command line, data, augmentation, optimiser, one epoch of training,
-evaluation, checkpoints and outputs, prediction, plots.
+errors and signals, command line, data, augmentation, optimiser with schedule and weight average, one epoch of
+training, evaluation, checkpoints and outputs, prediction, plots.
 """
 
 import argparse
@@ -25,23 +25,28 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import zlib
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-# While torch is imported, which takes seconds, a Ctrl-C ends the process at once and without a traceback.
-if (ctrl_c := signal.getsignal(signal.SIGINT)) is signal.default_int_handler:
+# While torch is imported, which takes seconds, a Ctrl-C would end a script in a traceback.
+is_script = (
+    hasattr(sys.modules["__main__"], "__file__") and threading.current_thread() is threading.main_thread()
+)
+if quiet := is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+try:
+    import torch
+    from torch.nn import functional as F
+    from torch.optim.swa_utils import get_ema_multi_avg_fn
+    from tqdm import tqdm
 
-import torch
-from torch.nn import functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm import tqdm
-
-from models import load_file, load_model, normalize, predict, prepare_digit, redraw_dropout_masks
-
-signal.signal(signal.SIGINT, ctrl_c)
+    from models import load_file, load_model, normalize, predict, prepare_digit, redraw_dropout_masks
+finally:
+    if quiet:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 try:
     import fcntl
@@ -76,7 +81,7 @@ def run(main):
             raise
         fail("there is not enough memory: try a smaller --batch-size")
     except BrokenPipeError:
-        fail("nobody reads the output any more; finished epochs are kept, and --resume goes on from them")
+        fail("nobody reads the output any more; --resume goes on from the last epoch that was kept")
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         fail(f"{what}; check that the directory can be written and that the disk has room")
@@ -95,7 +100,8 @@ def fail(message):
     if (SAGEMAKER / "output").is_dir():
         with contextlib.suppress(OSError):
             (SAGEMAKER / "output" / "failure").write_text(line[:1024])
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -166,13 +172,8 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     )
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1, 100_000), default=15, metavar="N", help="epochs (15)")
-    add(
-        "--batch-size",
-        type=number(int, 2, 60_000),
-        default=batch_size,
-        metavar="N",
-        help=f"images in a batch ({batch_size})",
-    )
+    help = f"images in a batch ({batch_size})"
+    add("--batch-size", type=number(int, 2, 60_000), default=batch_size, metavar="N", help=help)
     help = f"peak learning rate, or the constant one ({max_lr})"
     add("--max-lr", type=number(float, 1e-9, 100), default=max_lr, metavar="X", help=help)
     add("--seeds", nargs="+", default=["1"], metavar="S", help="one full run for each seed (1)")
@@ -428,11 +429,11 @@ def augment_batch(pixels, rotation, shear, scale, shift):
 
 
 def orthogonalize(matrices):
-    """Return `matrices`, float (N, rows, columns), with all singular values brought to between 0.7 and 1.2.
+    """Return `matrices`, float (N, rows, columns), with their singular values brought to between 0.7 and 1.2;
+    those below about 1/500 of a matrix's Frobenius norm end lower, and 0 stays 0.
 
     Five steps of a Newton-Schulz iteration: multiplications alone, where the exact answer takes a singular
-    value decomposition. Rows and columns of zeros stay as they are and change nothing else.
-    Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
+    value decomposition. Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
     """
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
@@ -442,32 +443,39 @@ def orthogonalize(matrices):
 
 
 class Muon(torch.optim.SGD):
-    """SGD with Nesterov momentum that makes the updates of the convolutions orthogonal.
+    """SGD with Nesterov momentum whose updates of the convolutions are orthogonalized.
 
     The weights of a convolution are a matrix with a row for each output channel. Directions that the gradient
-    seldom takes are learnt as fast as the others when all singular values of an update are about 1.
+    seldom takes are learnt as fast as the others when all singular values of an update are about 1. Batch
+    norm's weights and biases take the ordinary step. `torch.optim.Muon`, newer than torch 2.8, takes matrices
+    only, one after the other.
     Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
     """
 
-    def __init__(self, model, lr, momentum=0.95):
-        matrices = [p for p in model.parameters() if p.dim() == 4]
-        vectors = [p for p in model.parameters() if p.dim() < 4]
+    def __init__(self, model, lr, momentum):
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        vectors = [p for p in model.parameters() if p.dim() <= 1]
+        # No momentum for SGD to add to the matrices: `step` applies it before it orthogonalizes.
         groups = [{"params": matrices, "momentum": 0}, {"params": vectors}]
         super().__init__(groups, lr, momentum, nesterov=True, fused=True)
 
     @torch.no_grad()
     def step(self):
+        """Update the parameters; the gradients of the convolutions are overwritten."""
         matrices, momentum = self.param_groups[0]["params"], self.param_groups[1]["momentum"]
         rows, columns = max(len(p) for p in matrices), max(p[0].numel() for p in matrices)
-        # Padded to one size they make one batch, several times as fast as one after the other.
-        gradients = matrices[0].new_zeros(len(matrices), rows, columns)
-        for p, gradient in zip(matrices, gradients, strict=True):
-            gradient[: len(p), : p[0].numel()] = p.grad.flatten(1)
-        buffer = self.state[matrices[0]].setdefault("momentum_buffer", torch.zeros_like(gradients))
-        buffer.mul_(momentum).add_(gradients)
-        updates = orthogonalize(gradients + momentum * buffer)
+        # Padded with zeros to one size they make one batch, several times as fast as one after the other.
+        gradients = torch.stack(
+            [F.pad(p.grad.flatten(1), (0, columns - p[0].numel(), 0, rows - len(p))) for p in matrices]
+        )
+        state = self.state[matrices[0]]  # one tensor for all of them, kept where state_dict finds it
+        if "momenta" not in state:
+            state["momenta"] = torch.zeros_like(gradients)
+        state["momenta"].mul_(momentum).add_(gradients)
+        updates = orthogonalize(gradients + momentum * state["momenta"])
         for p, update in zip(matrices, updates, strict=True):
-            p.grad.copy_(update[: len(p), : p[0].numel()].view(p.shape))
+            # The fused step needs the memory layout of the parameter.
+            p.grad = torch.empty_like(p).copy_(update[: len(p), : p[0].numel()].view(p.shape))
         super().step()
 
 
@@ -483,12 +491,13 @@ def one_cycle(optimizer, max_lr, epochs, images, batch_size, warmup):
 
 
 def update_average(averages, tensors, decay, step):
-    """Move each of the `averages` towards its one of the `tensors` by 1 - `decay`, in place.
+    """Move each of the `averages` towards its counterpart in `tensors` by 1 - `decay`, in place.
 
     The first steps (counted from 0) use a smaller decay, or the average would keep the initial weights for
     epochs. Source: https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
     """
-    get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(averages, tensors, None)
+    decay = min(decay, (1 + step) / (10 + step))
+    get_ema_multi_avg_fn(decay)(averages, tensors, None)  # None: a count of updates, which it does not use
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -534,7 +543,7 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
     batches = torch.randperm(len(data.train_labels)).to(args.device).split(args.batch_size)
     if len(batches[-1]) == 1:
         batches = batches[:-1]  # batch norm cannot take the statistics of one image
-    # Batch norm's running statistics are averaged too; its counter, the one whole number, is not.
+    # Batch norm's running statistics are averaged too; its batch counter, an integer, is not.
     averages, tensors = (
         [tensor for tensor in m.state_dict().values() if tensor.is_floating_point()] for m in (average, model)
     )
@@ -603,7 +612,7 @@ def write_whole(path, write):
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{path} could not be written ({reason}): is there room on the disk?") from None
+        raise UserError(f"{path} could not be written ({reason}): check the directory and the disk") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -771,14 +780,9 @@ def finish(args, model, summaries, histories, data):
         table = {}
         for key in summaries[0]:
             values = torch.tensor([s[key] for s in summaries], dtype=torch.double)
-            table[key] = {
-                "mean": values.mean().item(),
-                "min": values.min().item(),
-                "std": values.std().item(),
-            }
-        for key in ("final_test_acc", "last5_min", "best_test_acc"):
-            t = table[key]
-            lines.append(f"{key}: mean {t['mean']:.3f}, min {t['min']:.2f}, std {t['std']:.3f}")
+            table[key] = t = {what: getattr(values, what)().item() for what in ("mean", "min", "std")}
+            if key in ("final_test_acc", "last5_min", "best_test_acc"):
+                lines.append(f"{key}: mean {t['mean']:.3f}, min {t['min']:.2f}, std {t['std']:.3f}")
         per_seed = [{"seed": seed, **s} for seed, s in zip(args.seeds, summaries, strict=True)]
         write_json(args.output_dir / "summary.json", {"model": args.name, "seeds": per_seed, **table})
     lowest = min(s["last5_min"] for s in summaries)
@@ -819,14 +823,11 @@ def classify(args, model_class):
             status = 2
     if digits:
         digits = torch.cat(digits)
-        answers = predict(model, digits)
-        for file, (digit, confidence, second) in zip(files, answers, strict=True):
+        titles = []
+        for file, (digit, confidence, second) in zip(files, predict(model, digits), strict=True):
             print(f"{file}: {digit}, {100 * confidence:.1f}% sure, then {second}")
+            titles.append(f"{file.name[-14:]}\n{digit}, {100 * confidence:.0f}% sure")
         picture = args.images_dir / f"{args.name}_predictions.png"
-        titles = [
-            f"{file.name[-14:]}\n{digit}, {100 * confidence:.0f}% sure"
-            for file, (digit, confidence, _) in zip(files, answers, strict=True)
-        ]
         plot_digits(picture, f"{args.name}: as the network saw them", digits, titles)
         print(f"read with {path}; what the network saw: {picture}")
     return status
@@ -836,20 +837,14 @@ def classify(args, model_class):
 # Plots
 # ---------------------------------------------------------------------------------------------------------
 
-BLUE, ORANGE = (
-    "#0072B2",
-    "#D55E00",
-)  # of Okabe and Ito's palette: told apart by colour-blind readers as well
+BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, for colour-blind readers
 
 
 def figure(*size):
     """Return a matplotlib figure that needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=size, dpi=110, layout="constrained")
-    FigureCanvasAgg(fig)
-    return fig
+    return Figure(figsize=size, dpi=110, layout="constrained")
 
 
 def plot_mean_and_range(axes, epochs, runs, color, **style):

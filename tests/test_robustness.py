@@ -76,18 +76,28 @@ def test_25_kills_at_any_moment_change_nothing(run_script, tmp_path):
 
 
 @posix
-def test_ctrl_c_while_torch_is_imported(tmp_path):
+@pytest.mark.parametrize("script", ["train_M1.py", "train_M4.py"])
+def test_ctrl_c_while_torch_is_imported(tmp_path, script):
     (tmp_path / "torch.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
-    # A shell's background job, which the tests may be, ignores SIGINT from the start.
-    code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += f"runpy.run_path({str(ROOT / 'train_M4.py')!r}, run_name='__main__')"
-    path = os.pathsep.join((str(tmp_path), str(ROOT)))
-    env = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", code], env=env, **pipes)
-    assert process.stdout.readline() == "importing\n"
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=20)[1] == "" and process.returncode == 130
+    # A shell's background job, which the tests may be, ignores SIGINT, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen([sys.executable, ROOT / script], env=env, **pipes)
+    signal.signal(signal.SIGINT, before)
+    try:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20)[1] == "" and process.returncode == 130
+    finally:
+        process.kill()
+
+
+def test_closed_output_is_named(run_script):
+    process = run_script("train_M1.py", "--epochs", "3", start=subprocess.Popen)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 2 and "nobody reads" in err and len(err.splitlines()) == 1
 
 
 def test_finished_seeds_are_not_repeated_and_longer_runs_refused(run_script):
@@ -112,8 +122,9 @@ def test_full_disk_keeps_what_was_there(run_script, tmp_path):
 
     assert run(resource.RLIM_INFINITY).returncode == 0
     before = files(tmp_path / "out")
-    for limit in (0, 20_000, 60_000):
-        refused(run(limit, "--max-lr", "0.001"), "error: ")
+    refused(run(0, "--max-lr", "0.001"), "disk has room")
+    for limit in (20_000, 60_000):
+        refused(run(limit, "--max-lr", "0.001"), "checkpoint.pt could not be written")
         assert files(tmp_path / "out") == before
 
 
@@ -140,7 +151,8 @@ def test_full_file_system_keeps_what_was_there(run_script, tmp_path):
         subprocess.run(["umount", small], check=True)
 
 
-def test_memory_that_runs_out(capsys):
+def test_memory_that_runs_out(capsys, monkeypatch):
+    monkeypatch.setattr(utils.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
         utils.run(lambda: torch.empty(1 << 50))
     assert stop.value.code == 2

@@ -84,20 +84,22 @@ def test_one_cycle_follows_torch():
     assert rates[-1] == pytest.approx(0.02 / 25 / 1e4)
 
 
-def test_orthogonalized_keeps_directions_and_evens_out_strengths():
+def test_orthogonalize_evens_out_singular_values_and_keeps_directions():
     torch.manual_seed(0)
-    matrices = torch.randn(3, 6, 20) * torch.tensor([0.01, 1, 100]).view(3, 1, 1)
-    left, strengths, right = torch.linalg.svd(matrices, full_matrices=False)
-    core = left.mT @ utils.orthogonalize(matrices) @ right.mT
-    even = core.diagonal(dim1=1, dim2=2)
-    assert torch.allclose(core, torch.diag_embed(even), atol=1e-3)
-    assert 0.6 < even.min() and even.max() < 1.3 and (strengths.amax(1) / strengths.amin(1)).min() > 1.8
+    left, right = (torch.linalg.qr(torch.randn(3, n, n))[0] for n in (6, 20))
+    singular_values = torch.tensor([1, 0.3, 0.1, 0.03, 0.01, 0.005])
+    scale = torch.tensor([0.01, 1, 100]).view(3, 1, 1)
+    matrices = scale * left @ torch.diag_embed(singular_values) @ right[:, :6]
+    brought = left.mT @ utils.orthogonalize(matrices) @ right[:, :6].mT
+    diagonal = brought.diagonal(dim1=1, dim2=2)
+    assert torch.allclose(brought, torch.diag_embed(diagonal), atol=1e-3)
+    assert 0.65 < diagonal.min() and diagonal.max() < 1.25
 
 
 def test_muon_steps_as_its_definition_says():
     torch.manual_seed(0)
     model = models.MNIST_CNN_M4().to(memory_format=torch.channels_last)
-    optimizer = utils.Muon(model, 0.1, 0.9)
+    optimizer = utils.Muon(model, 0.1, momentum=0.9)
     weights = [p.detach().clone() for p in model.parameters()]
     momenta = [torch.zeros_like(p) for p in model.parameters()]
     for _ in range(3):
