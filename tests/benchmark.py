@@ -138,7 +138,7 @@ def peak_memory(device):
 
 def measure(pipeline, options):
     command = [sys.executable, __file__, "--pipeline", pipeline, *options]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def seconds_to_target(args):
