@@ -58,6 +58,15 @@ def test_dropout_statistics(layout):
     assert agree == pytest.approx(0.2**2 + 0.8**2, abs=0.01)
 
 
+def test_dropout_in_place_is_the_same_dropout():
+    one, other = models.Dropout(0.3), models.Dropout(0.3, inplace=True)
+    for layer in (one, other):
+        layer.generator = torch.Generator().manual_seed(1)
+    x = torch.rand(8, 8, 26, 26)
+    dropped, copy = one(x), x.clone()
+    assert torch.equal(other(copy), dropped) and torch.equal(copy, dropped) and not torch.equal(x, dropped)
+
+
 def test_dropout_rests_in_evaluation_and_redraws():
     model = models.MNIST_CNN_M4(0.1)
     x = torch.randn(8, 1, 28, 28)

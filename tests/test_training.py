@@ -1,5 +1,6 @@
 """Augmentation, weight average, schedule, evaluation."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +125,75 @@ def test_average_follows_the_weights():
     )
     utils.update_average(averages, tensors, 0.9, 0)
     assert averages[0].tolist() == pytest.approx([0.1 * 1.2 + 0.9 * 3] * 2)
+
+
+def small_run(threads, batch_size=32, epochs=2):
+    """Train M4 with everything on, on `threads` threads; return the figures and all tensors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        args = SimpleNamespace(device=torch.device("cpu"), batch_size=batch_size, epochs=epochs, max_lr=0.02)
+        model, average = utils.build(models.MNIST_CNN_M4, args, 1, 0.1)
+        optimizer = utils.Muon(model, 0.02, 0.9)
+        images = torch.randint(0, 256, (150, 1, 28, 28), dtype=torch.uint8)
+        data = utils.Data(images, torch.arange(150) % 10, None, None)
+        augment = {"rotation": 8, "shear": 8, "scale": 0.1, "shift": 0.1}
+        figures = [
+            utils.train(model, average, data, optimizer, None, args, epoch, augment)
+            for epoch in range(1, epochs + 1)
+        ]
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    return figures, [*model.state_dict().values(), *average.state_dict().values()]
+
+
+def test_one_thread_and_two_give_the_same_figures_bit_for_bit():
+    figures, tensors = small_run(1)
+    for _ in range(3):  # whichever thread happens to come first
+        again, others = small_run(2)
+        assert again == figures
+        assert all(torch.equal(one, other) for one, other in zip(tensors, others, strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [10, 7])
+def test_the_halves_of_a_batch_add_up_to_its_gradient(batch_size):
+    args = SimpleNamespace(device=torch.device("cpu"), batch_size=batch_size, epochs=1, max_lr=0.1)
+    # M1 has no batch norm: cut in two or not, the gradient is that of the mean loss.
+    model, average = utils.build(models.MNIST_CNN_M1, args, 1)
+    images, labels = (
+        torch.randint(0, 256, (batch_size, 1, 28, 28), dtype=torch.uint8),
+        torch.arange(batch_size),
+    )
+    whole = copy.deepcopy(model)
+    loss = nn.functional.cross_entropy(whole(utils.normalize(images / 255.0)), labels)
+    loss.backward()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    mean_loss, _ = utils.train(
+        model, average, utils.Data(images, labels, None, None), optimizer, None, args, 1
+    )
+    assert mean_loss == pytest.approx(loss.item(), rel=1e-5)
+    for (name, one), other in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-6), name
+
+
+def test_the_halves_share_the_weights_but_not_their_dropout():
+    seen = {}
+
+    class Spy(models.MNIST_CNN_M4):
+        def forward(self, x):
+            seen[id(self)] = ({id(p) for p in self.parameters()}, self.norm1.running_mean, self.drop1)
+            return super().forward(x)
+
+    args = SimpleNamespace(device=torch.device("cpu"), batch_size=8, epochs=1, max_lr=0.01)
+    model, average = utils.build(Spy, args, 1, 0.5)
+    images = torch.randint(0, 256, (8, 1, 28, 28), dtype=torch.uint8)
+    data = utils.Data(images, torch.arange(8), None, None)
+    utils.train(model, average, data, torch.optim.SGD(model.parameters(), 0.1), None, args, 1)
+    (weights, statistics, dropout), (others, other_statistics, other_dropout) = seen.values()
+    assert weights == others == {id(p) for p in model.parameters()}
+    assert not torch.equal(statistics, other_statistics)
+    assert not torch.equal(dropout.pool, other_dropout.pool)
 
 
 def test_training_averages_weights_and_batch_norm_statistics():
