@@ -28,6 +28,7 @@ import tempfile
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -535,6 +536,26 @@ def build(model_class, args, seed, *model_args):
     return model, copy.deepcopy(model)
 
 
+def twin(model):
+    """Return a network with the very weights of `model`, but gradients, batch-norm statistics and dropout of its own."""
+    return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.detach()) for p in model.parameters()})
+
+
+def train_part(network, part, generator, data, batch_size, augment):
+    """Add to the gradients what one part of a batch brings; return its summed loss and its count of right answers.
+
+    part: the indices of its images, int64, (N,), of a batch of `batch_size`. augment: the limits for
+    `augment_batch`, or None. Nothing in here waits for the device.
+    """
+    pixels, labels = data.train_images[part] / 255.0, data.train_labels[part]
+    if augment:
+        pixels = augment_batch(pixels, **augment, generator=generator)
+    logits = network(normalize(pixels))
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    (loss / batch_size).backward()
+    return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+
 def train(model, average, data, optimizer, scheduler, args, epoch, augment=None, average_decay=0.998):
     """Train for one epoch over a fresh permutation; return loss (nats per image) and accuracy (percent).
 
@@ -546,24 +567,13 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
     model.train()
     networks, generators, threads = [model], [None], torch.get_num_threads()
     if args.device.type == "cpu":
-        # Two threads with half of a batch each share out the cores better than one that calls for them layer by
-        # layer. The other half's network has the same parameters, but batch norm's statistics of its own.
-        networks.append(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
-        # A generator each, so that the figures do not depend on which thread comes first, or on their number.
+        # Two threads that take half of a batch each share out the cores better than one that calls for them layer
+        # by layer. A generator each: the figures depend neither on who comes first nor on the number of threads.
+        networks.append(twin(model))
         generators = [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (2,)).tolist()]
     for network, generator in zip(networks, generators, strict=True):
         redraw_dropout_masks(network, generator)
-
-    def forward_and_backward(network, part, generator):
-        """Add the gradients of `part` of a batch to the parameters; return its summed loss and its right answers."""
-        pixels, labels = data.train_images[part] / 255.0, data.train_labels[part]
-        if augment:
-            pixels = augment_batch(pixels, **augment, generator=generator)
-        logits = network(normalize(pixels))
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        (loss / len(batch)).backward()
-        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
-
+    weights = [list(network.parameters()) for network in networks]
     # Drawn on the CPU so that one generator, kept in the checkpoint, decides the whole run.
     batches = torch.randperm(len(data.train_labels)).to(args.device).split(args.batch_size)
     if len(batches[-1]) == 1:
@@ -577,13 +587,18 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
     bar = tqdm(batches, title, leave=False, disable=None, bar_format=layout)
     share = max(1, threads // len(networks))
     with ThreadPoolExecutor(len(networks), initializer=torch.set_num_threads, initargs=(share,)) as pool:
-        side_by_side = pool.map if min(threads, len(networks)) > 1 else map
+        run = pool.map if min(threads, len(networks)) > 1 else map
         for step, batch in enumerate(bar):
-            optimizer.zero_grad()
+            for network in networks:
+                network.zero_grad()
             parts = batch.tensor_split(len(networks))
-            for loss, right in side_by_side(forward_and_backward, networks, parts, generators):
+            work = partial(train_part, data=data, batch_size=len(batch), augment=augment)
+            for loss, right in run(work, networks, parts, generators):
                 losses.append(loss)
                 correct += right
+            for p, *others in zip(*weights, strict=True):
+                for other in others:
+                    p.grad += other.grad
             optimizer.step()
             lr = optimizer.param_groups[0]["lr"]
             # The last step of OneCycle has no rate to go on to.
@@ -595,7 +610,8 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
             if not bar.disable and step % 20 == 0 and args.device.type == "cpu":
                 left = (args.epochs - epoch + 1) * len(batches) - step
                 left = bar.format_interval(bar.format_dict["elapsed"] / (step + 1) * left)
-                figures = f"loss {loss.item() / len(parts[-1]):.3f}, accuracy {100 * correct.item() / seen:.1f}%, rate {lr:.2g}"
+                loss = loss.item() / len(parts[-1])
+                figures = f"loss {loss:.3f}, accuracy {100 * correct.item() / seen:.1f}%, rate {lr:.2g}"
                 bar.set_description_str(f"{title}, {figures}, {left} left", refresh=False)
     losses = torch.stack(losses).cpu()
     if not losses.isfinite().all():
