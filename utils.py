@@ -585,8 +585,10 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
     losses, correct, seen = [], torch.zeros((), dtype=torch.long, device=args.device), 0
     layout, title = "{percentage:3.0f}% |{bar}| {desc}", f"epoch {epoch}/{args.epochs}"
     bar = tqdm(batches, title, leave=False, disable=None, bar_format=layout)
-    share = max(1, threads // len(networks))
-    with ThreadPoolExecutor(len(networks), initializer=torch.set_num_threads, initargs=(share,)) as pool:
+    with ThreadPoolExecutor(len(networks)) as pool, contextlib.ExitStack() as afterwards:
+        # Also for this thread: the helpers of its own operations would go on spinning in the way of the other two.
+        afterwards.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(max(1, threads // len(networks)))
         run = pool.map if min(threads, len(networks)) > 1 else map
         for step, batch in enumerate(bar):
             for network in networks:
