@@ -542,11 +542,12 @@ def twin(model):
 
 
 def train_part(network, part, generator, data, batch_size, augment):
-    """Add to the gradients what one part of a batch brings; return its summed loss and its count of right answers.
+    """Leave in the gradients what one part of a batch brings; return its summed loss and its count of right answers.
 
     part: the indices of its images, int64, (N,), of a batch of `batch_size`. augment: the limits for
     `augment_batch`, or None. Nothing in here waits for the device.
     """
+    network.zero_grad()
     pixels, labels = data.train_images[part] / 255.0, data.train_labels[part]
     if augment:
         pixels = augment_batch(pixels, **augment, generator=generator)
@@ -560,15 +561,16 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
     """Train for one epoch over a fresh permutation; return loss (nats per image) and accuracy (percent).
 
     augment: the limits for `augment_batch`, or None. scheduler: stepped after each batch, or None. On the CPU each
-    batch is cut in two, and batch norm takes the statistics of each half. Nothing in here waits for the device
-    before the epoch's end, but for the figures on a terminal's bar.
+    batch is cut in two and each half normalised by its own statistics, of which the first half's go into the
+    running ones; other devices take it whole. Nothing in here waits for the device before the epoch's end, but
+    for the figures on a terminal's bar.
     Raises UserError when the loss is no longer a number.
     """
     model.train()
     networks, generators, threads = [model], [None], torch.get_num_threads()
     if args.device.type == "cpu":
         # Two threads that take half of a batch each share out the cores better than one that calls for them layer
-        # by layer. A generator each: the figures depend neither on who comes first nor on the number of threads.
+        # by layer. With a generator each the figures do not depend on who comes first, or on one core or two.
         networks.append(twin(model))
         generators = [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (2,)).tolist()]
     for network, generator in zip(networks, generators, strict=True):
@@ -577,7 +579,7 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
     # Drawn on the CPU so that one generator, kept in the checkpoint, decides the whole run.
     batches = torch.randperm(len(data.train_labels)).to(args.device).split(args.batch_size)
     if len(batches[-1]) == 1:
-        batches = batches[:-1]  # batch norm cannot take the statistics of one image
+        batches = batches[:-1]  # one image cannot be halved
     # Batch norm's running statistics are averaged too; its batch counter, an integer, is not.
     averages, tensors = (
         [tensor for tensor in m.state_dict().values() if tensor.is_floating_point()] for m in (average, model)
@@ -589,10 +591,8 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
         # Also for this thread: the helpers of its own operations would go on spinning in the way of the other two.
         afterwards.callback(torch.set_num_threads, threads)
         torch.set_num_threads(max(1, threads // len(networks)))
-        run = pool.map if min(threads, len(networks)) > 1 else map
+        run = pool.map if threads > 1 and len(networks) > 1 else map
         for step, batch in enumerate(bar):
-            for network in networks:
-                network.zero_grad()
             parts = batch.tensor_split(len(networks))
             work = partial(train_part, data=data, batch_size=len(batch), augment=augment)
             for loss, right in run(work, networks, parts, generators):
@@ -612,7 +612,7 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
             if not bar.disable and step % 20 == 0 and args.device.type == "cpu":
                 left = (args.epochs - epoch + 1) * len(batches) - step
                 left = bar.format_interval(bar.format_dict["elapsed"] / (step + 1) * left)
-                loss = loss.item() / len(parts[-1])
+                loss = sum(losses[-len(networks) :]).item() / len(batch)
                 figures = f"loss {loss:.3f}, accuracy {100 * correct.item() / seen:.1f}%, rate {lr:.2g}"
                 bar.set_description_str(f"{title}, {figures}, {left} left", refresh=False)
     losses = torch.stack(losses).cpu()

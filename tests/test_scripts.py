@@ -75,11 +75,13 @@ def test_several_seeds_same_seed_same_figures(run_script, tmp_path):
 def test_killed_and_resumed_is_bit_for_bit_the_same(run_script, tmp_path):
     options = ("--epochs", "4", "--batch-size", "16")
     assert run_script("train_M4.py", *options, output="whole").returncode == 0
-    process = run_script("train_M4.py", *options, output="killed", start=subprocess.Popen)
+    # On two threads, where the whole run had one: that must make no difference either.
+    two = {"output": "killed", "OMP_NUM_THREADS": "2"}
+    process = run_script("train_M4.py", *options, **two, start=subprocess.Popen)
     process.stdout.readline(), process.stdout.readline()
     process.kill()
     process.communicate()
-    done = run_script("train_M4.py", *options, "--resume", output="killed")
+    done = run_script("train_M4.py", *options, "--resume", **two)
     assert done.returncode == 0 and "epoch=1 " not in done.stdout and "epoch=4 " in done.stdout
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
@@ -94,7 +96,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(run_script, tmp_path):
 def test_a_signal_ends_the_run_with_the_command_that_resumes(run_script, number, status):
     # A shell's background job, which the tests may be, ignores SIGINT from the start.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    process = run_script("train_M2.py", "--epochs", "500", start=subprocess.Popen, before=heed)
+    two = {"OMP_NUM_THREADS": "2"}
+    process = run_script("train_M2.py", "--epochs", "500", **two, start=subprocess.Popen, before=heed)
     process.stdout.readline()
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
