@@ -541,83 +541,82 @@ def twin(model):
     return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.detach()) for p in model.parameters()})
 
 
-def train_part(network, part, generator, data, batch_size, augment):
-    """Leave in the gradients what one part of a batch brings; return its summed loss and its count of right answers.
+def train_batch(network, batch, generator, data, augment):
+    """Leave in the gradients what a batch brings; return its summed loss and its count of right answers.
 
-    part: the indices of its images, int64, (N,), of a batch of `batch_size`. augment: the limits for
-    `augment_batch`, or None. Nothing in here waits for the device.
+    batch: the indices of its images, int64, (N,). augment: the limits for `augment_batch`, or None. Nothing in here
+    waits for the device.
     """
     network.zero_grad()
-    pixels, labels = data.train_images[part] / 255.0, data.train_labels[part]
+    pixels, labels = data.train_images[batch] / 255.0, data.train_labels[batch]
     if augment:
         pixels = augment_batch(pixels, **augment, generator=generator)
     logits = network(normalize(pixels))
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    (loss / batch_size).backward()
-    return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+    loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    return loss.detach() * len(batch), (logits.detach().argmax(1) == labels).sum()
 
 
 def train(model, average, data, optimizer, scheduler, args, epoch, augment=None, average_decay=0.998):
     """Train for one epoch over a fresh permutation; return loss (nats per image) and accuracy (percent).
 
-    augment: the limits for `augment_batch`, or None. scheduler: stepped after each batch, or None. On the CPU each
-    batch is cut in two and each half normalised by its own statistics, of which the first half's go into the
-    running ones; other devices take it whole. Nothing in here waits for the device before the epoch's end, but
-    for the figures on a terminal's bar.
+    augment: the limits for `augment_batch`, or None. scheduler: stepped after each batch, or None. On the CPU the
+    gradients of two batches are taken side by side, at the same weights, and then the optimiser makes a step for
+    one and a step for the other; batch norm's running statistics are those of every other batch. Nothing in here
+    waits for the device before the epoch's end, but for the figures on a terminal's bar.
     Raises UserError when the loss is no longer a number.
     """
     model.train()
     networks, generators, threads = [model], [None], torch.get_num_threads()
     if args.device.type == "cpu":
-        # Two threads that take half of a batch each share out the cores better than one that calls for them layer
-        # by layer. With a generator each the figures do not depend on who comes first, or on one core or two.
+        # Two threads with a batch each share out the cores better than one that calls for them layer by layer.
+        # With a generator each the figures do not depend on who comes first, or on one core or two.
         networks.append(twin(model))
         generators = [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (2,)).tolist()]
     for network, generator in zip(networks, generators, strict=True):
         redraw_dropout_masks(network, generator)
-    weights = [list(network.parameters()) for network in networks]
     # Drawn on the CPU so that one generator, kept in the checkpoint, decides the whole run.
     batches = torch.randperm(len(data.train_labels)).to(args.device).split(args.batch_size)
     if len(batches[-1]) == 1:
-        batches = batches[:-1]  # one image cannot be halved
+        batches = batches[:-1]  # the statistics of one image are none for batch norm
+    rounds = [batches[i : i + len(networks)] for i in range(0, len(batches), len(networks))]
     # Batch norm's running statistics are averaged too; its batch counter, an integer, is not.
     averages, tensors = (
         [tensor for tensor in m.state_dict().values() if tensor.is_floating_point()] for m in (average, model)
     )
     losses, correct, seen = [], torch.zeros((), dtype=torch.long, device=args.device), 0
     layout, title = "{percentage:3.0f}% |{bar}| {desc}", f"epoch {epoch}/{args.epochs}"
-    bar = tqdm(batches, title, leave=False, disable=None, bar_format=layout)
+    bar = tqdm(rounds, title, leave=False, disable=None, bar_format=layout)
+    work = partial(train_batch, data=data, augment=augment)
     with ThreadPoolExecutor(len(networks)) as pool, contextlib.ExitStack() as afterwards:
         # Also for this thread: the helpers of its own operations would go on spinning in the way of the other two.
         afterwards.callback(torch.set_num_threads, threads)
         torch.set_num_threads(max(1, threads // len(networks)))
         run = pool.map if threads > 1 and len(networks) > 1 else map
-        for step, batch in enumerate(bar):
-            parts = batch.tensor_split(len(networks))
-            work = partial(train_part, data=data, batch_size=len(batch), augment=augment)
-            for loss, right in run(work, networks, parts, generators):
+        for number, batches_now in enumerate(bar):
+            results = list(run(work, networks, batches_now, generators))
+            for network, batch, (loss, right) in zip(networks, batches_now, results, strict=False):
+                for p, q in zip(model.parameters(), network.parameters(), strict=True):
+                    p.grad = q.grad
+                optimizer.step()
+                lr = optimizer.param_groups[0]["lr"]
+                # The last step of OneCycle has no rate to go on to.
+                if scheduler and scheduler.last_epoch < scheduler.total_steps - 1:
+                    scheduler.step()
+                update_average(averages, tensors, average_decay, (epoch - 1) * len(batches) + len(losses))
                 losses.append(loss)
                 correct += right
-            for p, *others in zip(*weights, strict=True):
-                for other in others:
-                    p.grad += other.grad
-            optimizer.step()
-            lr = optimizer.param_groups[0]["lr"]
-            # The last step of OneCycle has no rate to go on to.
-            if scheduler and scheduler.last_epoch < scheduler.total_steps - 1:
-                scheduler.step()
-            update_average(averages, tensors, average_decay, (epoch - 1) * len(batches) + step)
-            seen += len(batch)
+                seen += len(batch)
             # To read a figure is to wait for the device: a GPU, done in a second, shows the bar alone.
-            if not bar.disable and step % 20 == 0 and args.device.type == "cpu":
-                left = (args.epochs - epoch + 1) * len(batches) - step
-                left = bar.format_interval(bar.format_dict["elapsed"] / (step + 1) * left)
-                loss = sum(losses[-len(networks) :]).item() / len(batch)
+            if not bar.disable and number % 10 == 0 and args.device.type == "cpu":
+                left = (args.epochs - epoch + 1) * len(rounds) - number
+                left = bar.format_interval(bar.format_dict["elapsed"] / (number + 1) * left)
+                loss = loss.item() / len(batch)
                 figures = f"loss {loss:.3f}, accuracy {100 * correct.item() / seen:.1f}%, rate {lr:.2g}"
                 bar.set_description_str(f"{title}, {figures}, {left} left", refresh=False)
     losses = torch.stack(losses).cpu()
     if not losses.isfinite().all():
-        step = int((~losses.isfinite()).nonzero()[0]) // len(networks) + 1
+        step = int((~losses.isfinite()).nonzero()[0]) + 1
         raise UserError(
             f"the loss is not finite at epoch {epoch}, step {step}: try a smaller --max-lr than {args.max_lr:g}"
         )

@@ -200,11 +200,10 @@ def test_second_run_into_the_same_directory_is_refused(run_script):
 
 
 def test_loss_that_is_no_number_keeps_the_checkpoint(run_script, tmp_path):
-    # Ten steps of two halves and one evaluation an epoch: the 47th loss is of epoch 3, step 3.
+    # Ten steps and one evaluation an epoch: the 25th loss is that of epoch 3, step 3.
     poison = "import torch.nn.functional as F; real, calls = F.cross_entropy, []; "
     poison += (
-        "F.cross_entropy = lambda *a, **k: "
-        "calls.append(1) or real(*a, **k) * (float('nan') if len(calls) > 46 else 1)"
+        "F.cross_entropy = lambda *a: calls.append(1) or real(*a) * (float('nan') if len(calls) > 24 else 1)"
     )
     options = ("--epochs", "4", "--batch-size", "60")
     refused(run_script("train_M1.py", *options, before=poison), "not finite", "epoch 3, step 3")

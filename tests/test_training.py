@@ -156,28 +156,34 @@ def test_one_thread_and_two_give_the_same_figures_bit_for_bit(batch_size):
         assert all(torch.equal(one, other) for one, other in zip(tensors, others, strict=True))
 
 
-@pytest.mark.parametrize("batch_size", [10, 7])
-def test_the_halves_of_a_batch_add_up_to_its_gradient(batch_size):
-    args = SimpleNamespace(device=torch.device("cpu"), batch_size=batch_size, epochs=1, max_lr=0.1)
-    # M1 has no batch norm: cut in two or not, the gradient is that of the mean loss.
+def test_two_batches_take_their_gradients_at_the_same_weights():
+    args = SimpleNamespace(device=torch.device("cpu"), batch_size=10, epochs=1, max_lr=0.1)
     model, average = utils.build(models.MNIST_CNN_M1, args, 1)
-    images, labels = (
-        torch.randint(0, 256, (batch_size, 1, 28, 28), dtype=torch.uint8),
-        torch.arange(batch_size),
-    )
+    images, labels = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8), torch.arange(20) % 10
     whole = copy.deepcopy(model)
     loss = nn.functional.cross_entropy(whole(utils.normalize(images / 255.0)), labels)
     loss.backward()
-    optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    mean_loss, _ = utils.train(
-        model, average, utils.Data(images, labels, None, None), optimizer, None, args, 1
-    )
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    data = utils.Data(images, labels, None, None)
+    mean_loss, _ = utils.train(model, average, data, optimizer, None, args, 1)
+    # M1 has no batch norm: two plain steps from one point go twice as far as one step for both batches.
     assert mean_loss == pytest.approx(loss.item(), rel=1e-5)
-    for (name, one), other in zip(model.named_parameters(), whole.parameters(), strict=True):
-        assert torch.allclose(one.grad, other.grad, atol=1e-6), name
+    for old, new, p in zip(before, model.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(new, old - 0.1 * 2 * p.grad, atol=1e-6) and not torch.equal(new, old)
 
 
-def test_the_halves_share_the_weights_but_not_their_dropout():
+def test_every_batch_gets_its_step():
+    args = SimpleNamespace(device=torch.device("cpu"), batch_size=8, epochs=1, max_lr=0.01)
+    model, average = utils.build(models.MNIST_CNN_M4, args, 1, 0.1)
+    data = utils.Data(torch.zeros(41, 1, 28, 28, dtype=torch.uint8), torch.arange(41) % 10, None, None)
+    optimizer = utils.Muon(model, 0.01, 0.9)
+    schedule = utils.one_cycle(optimizer, 0.01, 2, 41, 8, 0.3)
+    utils.train(model, average, data, optimizer, schedule, args, 1)
+    assert schedule.last_epoch == 5  # a tail of one image is left out
+
+
+def test_the_two_networks_share_their_weights_but_not_their_dropout():
     seen = {}
 
     class Spy(models.MNIST_CNN_M4):
@@ -187,8 +193,8 @@ def test_the_halves_share_the_weights_but_not_their_dropout():
 
     args = SimpleNamespace(device=torch.device("cpu"), batch_size=8, epochs=1, max_lr=0.01)
     model, average = utils.build(Spy, args, 1, 0.5)
-    images = torch.randint(0, 256, (8, 1, 28, 28), dtype=torch.uint8)
-    data = utils.Data(images, torch.arange(8), None, None)
+    images = torch.randint(0, 256, (16, 1, 28, 28), dtype=torch.uint8)
+    data = utils.Data(images, torch.arange(16) % 10, None, None)
     utils.train(model, average, data, torch.optim.SGD(model.parameters(), 0.1), None, args, 1)
     (weights, statistics, dropout), (others, other_statistics, other_dropout) = seen.values()
     assert weights == others == [p.data_ptr() for p in model.parameters()]
@@ -227,7 +233,7 @@ def test_a_loss_that_is_no_number_stops_the_run():
     model, average = utils.build(models.MNIST_CNN_M1, args, 1)
     images = torch.randint(0, 256, (32, 1, 28, 28), dtype=torch.uint8)
     data = utils.Data(images, torch.arange(32) % 10, None, None)
-    # The first step is sound and throws the weights away: the second finds no number.
+    # The first two steps are sound and throw the weights away: the third finds no number.
     optimizer = torch.optim.SGD(model.parameters(), float("inf"))
-    with pytest.raises(utils.UserError, match="epoch 2, step 2"):
+    with pytest.raises(utils.UserError, match="epoch 2, step 3"):
         utils.train(model, average, data, optimizer, None, args, 2)
