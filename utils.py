@@ -594,9 +594,10 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
         afterwards.callback(torch.set_num_threads, threads)
         torch.set_num_threads(max(1, threads // len(networks)))
         run = pool.map if threads > 1 and len(networks) > 1 else map
-        for number, batches_now in enumerate(bar):
-            results = list(run(work, networks, batches_now, generators))
-            for network, batch, (loss, right) in zip(networks, batches_now, results, strict=False):
+        for number, together in enumerate(bar):
+            results = list(run(work, networks, together, generators))
+            # The second step's gradient is that of the weights before the first.
+            for network, batch, (loss, right) in zip(networks, together, results, strict=False):
                 for p, q in zip(model.parameters(), network.parameters(), strict=True):
                     p.grad = q.grad
                 optimizer.step()
