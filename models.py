@@ -42,7 +42,8 @@ class Dropout(nn.Dropout):
         n, spare = x.numel(), x.numel() // 4
         if self.pool is None or self.pool.numel() != n + spare:
             keep = 1 - self.p
-            self.pool = torch.empty(n + spare).bernoulli_(keep, generator=self.generator).div_(keep)
+            pool = torch.empty(n + spare).bernoulli_(keep, generator=self.generator)
+            self.pool = pool.div_(keep).to(x.dtype)
         offset = int(torch.randint(spare + 1, (), generator=self.generator))
         # The strides of x, so that the mask lies in memory as x does, channels-last or not.
         mask = self.pool.as_strided(x.shape, x.stride(), offset)

@@ -21,6 +21,7 @@ BATCH_SIZE = 128  # small enough for many steps in 15 epochs, large enough to ke
 MAX_LR = 0.002  # constant; twice as much did as well on one seed, but there is no batch norm to tame it
 WEIGHT_DECAY = 0.01
 AUGMENT = None  # comes with M3
+CROP = None  # the last layer needs the whole image
 AVERAGE_DECAY = 0.998  # spans about one epoch: long enough to smooth, short enough to follow
 
 
@@ -41,7 +42,7 @@ def main():
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.perf_counter()
             trained = utils.train(
-                model, average, data, optimizer, scheduler, args, epoch, AUGMENT, AVERAGE_DECAY
+                model, average, data, optimizer, scheduler, args, epoch, AUGMENT, AVERAGE_DECAY, CROP
             )
             tested = utils.evaluate(average, data.test_images, data.test_labels)[:2]
             seconds = time.perf_counter() - start

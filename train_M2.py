@@ -22,6 +22,7 @@ MAX_LR = 0.005  # constant; batch norm bears a higher rate than M1
 WEIGHT_DECAY = 0.01
 DROPOUT = 0.02  # 3,944 parameters underfit: more dropout costs more than it saves
 AUGMENT = None  # comes with M3
+CROP = None  # the last layer needs the whole image
 AVERAGE_DECAY = 0.998  # spans about one epoch: long enough to smooth, short enough to follow
 
 
@@ -42,7 +43,7 @@ def main():
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.perf_counter()
             trained = utils.train(
-                model, average, data, optimizer, scheduler, args, epoch, AUGMENT, AVERAGE_DECAY
+                model, average, data, optimizer, scheduler, args, epoch, AUGMENT, AVERAGE_DECAY, CROP
             )
             tested = utils.evaluate(average, data.test_images, data.test_labels)[:2]
             seconds = time.perf_counter() - start

@@ -22,6 +22,8 @@ WARMUP = 0.2  # three of fifteen epochs to climb, twelve to settle
 DROPOUT = 0.02  # a net this small underfits; with 0.05 (and AdamW) the last epochs were 0.05 points lower
 # degrees, degrees, parts of the size and of the side; 6 degrees did as well on the holdout, 10 worse
 AUGMENT = {"rotation": 8, "shear": 8, "scale": 0.08, "shift": 0.06}
+# Six of fifteen epochs without a border of two pixels, where little ink is: a quarter cheaper, no worse
+CROP = (24, 0.4)
 AVERAGE_DECAY = 0.998  # spans about one epoch: long enough to smooth, short enough to follow
 
 
@@ -44,7 +46,7 @@ def main():
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.perf_counter()
             trained = utils.train(
-                model, average, data, optimizer, scheduler, args, epoch, AUGMENT, AVERAGE_DECAY
+                model, average, data, optimizer, scheduler, args, epoch, AUGMENT, AVERAGE_DECAY, CROP
             )
             tested = utils.evaluate(average, data.test_images, data.test_labels)[:2]
             seconds = time.perf_counter() - start

@@ -154,6 +154,14 @@ def device(text):
     return torch.device(text)
 
 
+def default_precision(device):
+    """Return "bfloat16" for a CPU that multiplies such numbers, as far as torch can tell, else "float32"."""
+    capabilities = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # older releases of torch have no such function
+    return "bfloat16" if device.type == "cpu" and capabilities.get("avx512_bf16") else "float32"
+
+
 def parse_args(name, description, batch_size, max_lr, argv=None):
     """Return the command line's settings for model `name` ("M1" to "M4") as a namespace."""
     # SageMaker passes hyperparameters as the launcher spelt them, batch_size as well as batch-size.
@@ -180,6 +188,8 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     add("--max-lr", type=number(float, 1e-9, 100), default=max_lr, metavar="X", help=help)
     add("--seeds", nargs="+", default=["1"], metavar="S", help="one full run for each seed (1)")
     add("--device", type=device, default="auto", metavar="D", help="auto, cpu, cuda, cuda:N or mps (auto)")
+    help = "float32, bfloat16 or auto: bfloat16 on a CPU that multiplies it, else float32 (auto)"
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", metavar="P", help=help)
     help = "train on N images fewer and evaluate on those instead of the test set (0)"
     add("--holdout", type=number(int, 0, 59_000), default=0, metavar="N", help=help)
     add("--limit", type=number(int, 1, 60_000), metavar="N", help="only the first N training images (all)")
@@ -206,6 +216,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         parser.error(f"argument --seeds: {error}")
     if not seeds or len(set(args.seeds)) < len(seeds):
         parser.error("argument --seeds: give one or more seeds, each once")
+    args.precision = default_precision(args.device) if args.precision == "auto" else args.precision
     args.name = name
     args.read_only_data = (
         bool(channel) and (args.data_dir or Path(channel)).resolve() == Path(channel).resolve()
@@ -444,7 +455,8 @@ def orthogonalize(matrices):
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, factor, x, beta=3.4445)
     return x
 
 
@@ -543,26 +555,33 @@ def twin(model):
     return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.detach()) for p in model.parameters()})
 
 
-def train_batch(network, batch, generator, data, augment):
+def train_batch(network, batch, generator, data, augment, side, precision):
     """Leave in the gradients what a batch brings; return its summed loss and its count of right answers.
 
-    batch: the indices of its images, int64, (N,). augment: the limits for `augment_batch`, or None. Nothing in here
-    waits for the device.
+    batch: the indices of its images, int64, (N,). augment: the limits for `augment_batch`, or None. side: train on the
+    middle `side` x `side` pixels. precision: the dtype of activations, the weights stay float32. Nothing in here waits
+    for the device.
     """
     network.zero_grad()
     pixels, labels = data.train_images[batch] / 255.0, data.train_labels[batch]
     if augment:
         pixels = augment_batch(pixels, **augment, generator=generator)
-    logits = network(normalize(pixels))
+    edge = (pixels.shape[-1] - side) // 2
+    pixels = pixels[..., edge : edge + side, edge : edge + side]
+    with torch.autocast(pixels.device.type, precision, enabled=precision != torch.float32):
+        logits = network(normalize(pixels)).float()
     loss = F.cross_entropy(logits, labels)
     loss.backward()
     return loss.detach() * len(batch), (logits.detach().argmax(1) == labels).sum()
 
 
-def train(model, average, data, optimizer, scheduler, args, epoch, augment=None, average_decay=0.998):
+def train(
+    model, average, data, optimizer, scheduler, args, epoch, augment=None, average_decay=0.998, crop=None
+):
     """Train for one epoch over a fresh permutation; return loss (nats per image) and accuracy (percent).
 
-    augment: the limits for `augment_batch`, or None. scheduler: stepped after each batch, or None. On the CPU the
+    augment: the limits for `augment_batch`, or None. scheduler: stepped after each batch, or None. crop: (side, part),
+    the first `part` of all epochs, 0 to 1, is trained on the middle `side` x `side` pixels; or None. On the CPU the
     gradients of two batches are taken side by side, at the same weights, and then the optimiser makes a step for
     one and a step for the other; batch norm's running statistics are those of every other batch. Nothing in here
     waits for the device before the epoch's end, but for the figures on a terminal's bar.
@@ -590,7 +609,9 @@ def train(model, average, data, optimizer, scheduler, args, epoch, augment=None,
     losses, correct, seen = [], torch.zeros((), dtype=torch.long, device=args.device), 0
     layout, title = "{percentage:3.0f}% |{bar}| {desc}", f"epoch {epoch}/{args.epochs}"
     bar = tqdm(rounds, title, leave=False, disable=None, bar_format=layout)
-    work = partial(train_batch, data=data, augment=augment)
+    side = crop[0] if crop and epoch <= crop[1] * args.epochs else data.train_images.shape[-1]
+    precision = getattr(torch, args.precision)
+    work = partial(train_batch, data=data, augment=augment, side=side, precision=precision)
     with ThreadPoolExecutor(len(networks)) as pool, contextlib.ExitStack() as afterwards:
         # Also for this thread: the helpers of its own operations would go on spinning in the way of the other two.
         afterwards.callback(torch.set_num_threads, threads)
@@ -680,7 +701,8 @@ def seed_dir(directory, args, seed):
 def recipe_config(args, constants):
     """Return what decides the figures of a run: the script's constants and the options that matter."""
     recipe = {key.lower(): value for key, value in constants.items() if key.isupper() and not callable(value)}
-    options = {key: getattr(args, key) for key in ("epochs", "batch_size", "max_lr", "holdout", "limit")}
+    names = ("epochs", "batch_size", "max_lr", "precision", "holdout", "limit")
+    options = {key: getattr(args, key) for key in names}
     return {**recipe, **options}
 
 

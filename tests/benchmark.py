@@ -92,11 +92,11 @@ def ours(args):
     data = utils.load_data(args)
     model, average = utils.build(models.MNIST_CNN_M4, args, 1, train_M4.DROPOUT)
     optimizer = utils.Muon(model, 0.001, train_M4.MOMENTUM)
-    scheduler = utils.one_cycle(optimizer, 0.001, 2, args.images, args.batch_size, train_M4.WARMUP)
+    scheduler = utils.one_cycle(optimizer, 0.001, 3, args.images, args.batch_size, train_M4.WARMUP)
 
-    def train(data):
-        recipe = (train_M4.AUGMENT, train_M4.AVERAGE_DECAY)
-        utils.train(model, average, data, optimizer, scheduler, args, 1, *recipe)
+    def train(data, epoch):
+        recipe = (train_M4.AUGMENT, train_M4.AVERAGE_DECAY, train_M4.CROP)
+        utils.train(model, average, data, optimizer, scheduler, args, epoch, *recipe)
 
     def augment():
         # On the CPU two threads do it side by side: what counts is the time of one, for half of the images.
@@ -109,9 +109,17 @@ def ours(args):
         part = args.images // 6
         utils.evaluate(average, data.test_images[:part], data.test_labels[:part])
 
-    train(utils.Data(*(tensor[: WARM_UP * args.batch_size] for tensor in data)))
-    seconds = {"train": timed(args.device, train, data)[0], "evaluate": timed(args.device, test)[0]}
-    return {**seconds, "augment": timed(args.device, augment)[0]}
+    # A cropped epoch and a whole one: the mean is that of all the epochs of a run.
+    train(utils.Data(*(tensor[: WARM_UP * args.batch_size] for tensor in data)), args.epochs)
+    cropped, whole = (timed(args.device, train, data, epoch)[0] for epoch in (1, args.epochs))
+    part = train_M4.CROP[1]
+    return {
+        "train": part * cropped + (1 - part) * whole,
+        "cropped": cropped,
+        "whole": whole,
+        "evaluate": timed(args.device, test)[0],
+        "augment": timed(args.device, augment)[0],
+    }
 
 
 def floor(args):
@@ -157,7 +165,7 @@ def seconds_to_target(args):
     scheduler = utils.one_cycle(optimizer, train_M4.MAX_LR, *cycle)
     start = time.perf_counter()
     for epoch in range(1, args.epochs + 1):
-        recipe = (train_M4.AUGMENT, train_M4.AVERAGE_DECAY)
+        recipe = (train_M4.AUGMENT, train_M4.AVERAGE_DECAY, train_M4.CROP)
         utils.train(model, average, data, optimizer, scheduler, args, epoch, *recipe)
         if utils.evaluate(average, data.test_images, data.test_labels)[1] >= 99.4:
             return time.perf_counter() - start
@@ -171,10 +179,14 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each (5)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--device", type=utils.device, default="auto")
+    precisions = ("auto", "float32", "bfloat16")
+    parser.add_argument("--precision", choices=precisions, default="auto", help="of ours (auto)")
     parser.add_argument("--pipeline", choices=("usual", "ours", "floor"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     args = SimpleNamespace(**vars(options), read_only_data=False, holdout=0, limit=options.images)
     args.epochs, args.max_lr = 15, train_M4.MAX_LR
+    if args.precision == "auto":
+        args.precision = utils.default_precision(args.device)
     if args.pipeline:
         seconds = {"usual": usual, "ours": ours, "floor": floor}[args.pipeline](args)
         print(json.dumps({**seconds, "memory": peak_memory(args.device)}))
@@ -189,29 +201,31 @@ def main():
         pipeline: {key: statistics.median(r[key] for r in results) for key in results[0]}
         for pipeline, results in runs.items()
     }
-    epoch = {pipeline: scale * (m["train"] + m["evaluate"]) for pipeline, m in median.items()}
+    run = median["ours"]
+    side, part = train_M4.CROP
+    rows = {
+        "usual": median["usual"],
+        "ours, mean of a run's epochs": run,
+        f"ours, {1 - part:.0%} of the epochs: whole images": run | {"train": run["whole"]},
+        f"ours, the first {part:.0%}: {side}x{side} pixels": run | {"train": run["cropped"]},
+        "floor": median["floor"],
+    }
+    seconds = [scale * (row["train"] + row["evaluate"]) for row in rows.values()]
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch_size}\n")
-    print("| pipeline | seconds an epoch | images a second | times the floor | peak memory, MB |")
-    print("|---|---|---|---|---|")
-    for pipeline, seconds in epoch.items():
-        ratio, memory = seconds / epoch["floor"], median[pipeline]["memory"]
-        print(f"| {pipeline} | {seconds:.1f} | {TRAIN / seconds:,.0f} | {ratio:.2f} | {memory:.0f} |")
-    m = median["ours"]
-    whole = m["train"] + m["evaluate"]
-    print(
-        f"\nOurs is {epoch['usual'] / epoch['ours']:.2f} times as fast as the usual pipeline. Of its epoch,"
-    )
-    print(
-        f"augmentation takes {m['augment'] / whole:.0%}, the rest of training "
-        f"{(m['train'] - m['augment']) / whole:.0%}, evaluation {m['evaluate'] / whole:.0%}."
-    )
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"{name}, {threads}, torch {torch.__version__}, batch {args.batch_size}, {args.precision}\n")
+    columns = ("pipeline", "seconds an epoch", "images a second", "times as fast as usual", "times the floor")
+    print("| " + " | ".join((*columns, "peak memory, MB")) + " |\n|" + "---|" * (len(columns) + 1))
+    for (pipeline, row), t in zip(rows.items(), seconds, strict=True):
+        ratios = f"{seconds[0] / t:.2f} | {t / seconds[-1]:.2f}"
+        print(f"| {pipeline} | {t:.1f} | {TRAIN / t:,.0f} | {ratios} | {row['memory']:.0f} |")
+    shares = (run["augment"], run["train"] - run["augment"], run["evaluate"])
+    shares = (f"{t / (run['train'] + run['evaluate']):.0%}" for t in shares)
+    print("\nOf our epoch augmentation takes {}, the rest of training {}, evaluation {}.".format(*shares))
     if args.device.type == "cuda":
         args.limit = None
-        seconds = seconds_to_target(args)
-        print(
-            "99.4% was not reached." if seconds is None else f"{seconds:.1f} s to the first epoch at 99.4%."
-        )
+        t = seconds_to_target(args)
+        print("99.4% was not reached." if t is None else f"{t:.1f} s to the first epoch at 99.4%.")
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ MISTAKES = [
     ("--seeds x", "x"),
     ("--seeds []", "--seeds"),
     ("--device tpu", "tpu"),
+    ("--precision float16", "bfloat16"),
     ("--device cuda:99", "cuda:99"),
     ("--holdout 59001", "59,000"),
     ("--limit 0", "--limit"),
@@ -144,6 +145,26 @@ def test_a_mistake_is_told_in_one_line(options, word, capsys, tmp_path, monkeypa
     err = capsys.readouterr().err
     assert stop.value.code == 2 and word in err and len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("capable", [True, False, None])
+def test_auto_precision_goes_by_device_and_processor(capable, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, raising=False)
+    if capable is None:  # an older release of torch
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    args = utils.parse_args("M4", "", 128, 0.01, ["--device", "cpu"])
+    assert args.precision == ("bfloat16" if capable else "float32")
+    assert utils.recipe_config(args, {})["precision"] == args.precision
+    assert utils.default_precision(torch.device("cuda")) == "float32"
+
+
+def test_a_run_goes_on_in_its_own_precision_only(run_script):
+    assert run_script("train_M1.py", "--epochs", "2", "--precision", "bfloat16").returncode == 0
+    done = run_script("train_M1.py", "--epochs", "2", "--precision", "float32", "--resume")
+    assert done.returncode == 2 and "precision bfloat16, not float32" in done.stderr
+    done = run_script("train_M1.py", "--epochs", "2", "--precision", "bfloat16", "--resume")
+    assert done.returncode == 0
 
 
 def test_sagemaker_sets_the_defaults(monkeypatch, tmp_path):

@@ -13,6 +13,11 @@ import utils
 NONE = {"rotation": 0, "shear": 0, "scale": 0, "shift": 0}
 
 
+def settings(**changes):
+    """Return what `utils.train` reads of the command line."""
+    return SimpleNamespace(**{"device": torch.device("cpu"), "precision": "float32"} | changes)
+
+
 def test_no_strength_is_the_identity():
     pixels = torch.rand(5, 1, 28, 28)
     assert torch.allclose(utils.augment_batch(pixels, **NONE), pixels, atol=1e-5)
@@ -127,19 +132,19 @@ def test_average_follows_the_weights():
     assert averages[0].tolist() == pytest.approx([0.1 * 1.2 + 0.9 * 3] * 2)
 
 
-def small_run(threads, batch_size):
+def small_run(threads, batch_size, precision):
     """Train M4 with everything on, on `threads` threads; return the figures and all tensors."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        args = SimpleNamespace(device=torch.device("cpu"), batch_size=batch_size, epochs=2, max_lr=0.02)
+        args = settings(batch_size=batch_size, epochs=2, max_lr=0.02, precision=precision)
         model, average = utils.build(models.MNIST_CNN_M4, args, 1, 0.1)
         optimizer = utils.Muon(model, 0.02, 0.9)
         images = torch.randint(0, 256, (150, 1, 28, 28), dtype=torch.uint8)
         data = utils.Data(images, torch.arange(150) % 10, None, None)
-        augment = {"rotation": 8, "shear": 8, "scale": 0.1, "shift": 0.1}
+        recipe = ({"rotation": 8, "shear": 8, "scale": 0.1, "shift": 0.1}, 0.998, (24, 0.5))
         figures = [
-            utils.train(model, average, data, optimizer, None, args, epoch, augment) for epoch in (1, 2)
+            utils.train(model, average, data, optimizer, None, args, epoch, *recipe) for epoch in (1, 2)
         ]
         assert torch.get_num_threads() == threads
     finally:
@@ -147,17 +152,17 @@ def small_run(threads, batch_size):
     return figures, [*model.state_dict().values(), *average.state_dict().values()]
 
 
-@pytest.mark.parametrize("batch_size", [32, 3])
-def test_one_thread_and_two_give_the_same_figures_bit_for_bit(batch_size):
-    figures, tensors = small_run(1, batch_size)
+@pytest.mark.parametrize("batch_size, precision", [(32, "float32"), (3, "float32"), (32, "bfloat16")])
+def test_one_thread_and_two_give_the_same_figures_bit_for_bit(batch_size, precision):
+    figures, tensors = small_run(1, batch_size, precision)
     for _ in range(3):  # whichever thread happens to come first
-        again, others = small_run(2, batch_size)
+        again, others = small_run(2, batch_size, precision)
         assert again == figures
         assert all(torch.equal(one, other) for one, other in zip(tensors, others, strict=True))
 
 
 def test_two_batches_take_their_gradients_at_the_same_weights():
-    args = SimpleNamespace(device=torch.device("cpu"), batch_size=10, epochs=1, max_lr=0.1)
+    args = settings(batch_size=10, epochs=1, max_lr=0.1)
     model, average = utils.build(models.MNIST_CNN_M1, args, 1)
     images, labels = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8), torch.arange(20) % 10
     whole = copy.deepcopy(model)
@@ -174,7 +179,7 @@ def test_two_batches_take_their_gradients_at_the_same_weights():
 
 
 def test_every_batch_gets_its_step():
-    args = SimpleNamespace(device=torch.device("cpu"), batch_size=8, epochs=1, max_lr=0.01)
+    args = settings(batch_size=8, epochs=1, max_lr=0.01)
     model, average = utils.build(models.MNIST_CNN_M4, args, 1, 0.1)
     data = utils.Data(torch.zeros(41, 1, 28, 28, dtype=torch.uint8), torch.arange(41) % 10, None, None)
     optimizer = utils.Muon(model, 0.01, 0.9)
@@ -191,7 +196,7 @@ def test_the_two_networks_share_their_weights_but_not_their_dropout():
             seen[id(self)] = ([p.data_ptr() for p in self.parameters()], self.norm1.running_mean, self.drop1)
             return super().forward(x)
 
-    args = SimpleNamespace(device=torch.device("cpu"), batch_size=8, epochs=1, max_lr=0.01)
+    args = settings(batch_size=8, epochs=1, max_lr=0.01)
     model, average = utils.build(Spy, args, 1, 0.5)
     images = torch.randint(0, 256, (16, 1, 28, 28), dtype=torch.uint8)
     data = utils.Data(images, torch.arange(16) % 10, None, None)
@@ -202,8 +207,46 @@ def test_the_two_networks_share_their_weights_but_not_their_dropout():
     assert not torch.equal(dropout.pool, other_dropout.pool)
 
 
+def test_the_first_epochs_see_the_middle_of_the_augmented_image(monkeypatch):
+    seen = []
+
+    class Spy(models.MNIST_CNN_M4):
+        def forward(self, x):
+            seen.append(x.detach().clone())
+            return super().forward(x)
+
+    args = settings(batch_size=8, epochs=5, max_lr=0.01)
+    model, average = utils.build(Spy, args, 1, 0.1)
+    images = torch.randint(0, 256, (8, 1, 28, 28), dtype=torch.uint8)
+    data = utils.Data(images, torch.arange(8), None, None)
+    monkeypatch.setattr(utils, "augment_batch", lambda pixels, generator: pixels + 1)
+    monkeypatch.setattr(torch, "randperm", torch.arange)
+    for epoch in range(1, 6):
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        utils.train(model, average, data, optimizer, None, args, epoch, {"some": 1}, 0.9, (24, 0.4))
+    whole = utils.normalize(images / 255.0 + 1)
+    assert [len(x[0, 0]) for x in seen] == [24, 24, 28, 28, 28]
+    assert torch.equal(seen[0], whole[..., 2:26, 2:26]) and torch.equal(seen[-1], whole)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_precision_is_that_of_activations_in_training_alone(precision):
+    dtypes = set()
+    args = settings(batch_size=8, epochs=1, max_lr=0.01, precision=precision)
+    model, average = utils.build(models.MNIST_CNN_M4, args, 1, 0.1)
+    model.conv6.register_forward_hook(
+        lambda module, inputs, output: dtypes.add((inputs[0].dtype, output.dtype))
+    )
+    images = torch.randint(0, 256, (8, 1, 28, 28), dtype=torch.uint8)
+    data = utils.Data(images, torch.arange(8), None, None)
+    utils.train(model, average, data, utils.Muon(model, 0.01, 0.9), None, args, 1)
+    assert dtypes == {(getattr(torch, precision),) * 2}
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+    assert utils.evaluate(average, images, torch.arange(8))[2].dtype == torch.float32
+
+
 def test_training_averages_weights_and_batch_norm_statistics():
-    args = SimpleNamespace(device=torch.device("cpu"), batch_size=8, epochs=1, max_lr=0.01)
+    args = settings(batch_size=8, epochs=1, max_lr=0.01)
     model, average = utils.build(models.MNIST_CNN_M4, args, 1, 0.0)
     images = torch.randint(0, 256, (8, 1, 28, 28), dtype=torch.uint8)
     data = utils.Data(images, torch.arange(8), None, None)
@@ -229,7 +272,7 @@ def test_evaluation_is_exact_and_never_augmented(monkeypatch):
 
 
 def test_a_loss_that_is_no_number_stops_the_run():
-    args = SimpleNamespace(device=torch.device("cpu"), batch_size=8, epochs=3, max_lr=0.1)
+    args = settings(batch_size=8, epochs=3, max_lr=0.1)
     model, average = utils.build(models.MNIST_CNN_M1, args, 1)
     images = torch.randint(0, 256, (32, 1, 28, 28), dtype=torch.uint8)
     data = utils.Data(images, torch.arange(32) % 10, None, None)
