@@ -1,4 +1,4 @@
-"""Train M4 without one of its four helpers at a time: python tests/ablation.py [ROW …]
+"""Train M4 without one of its helpers at a time: python tests/ablation.py [ROW …]
 
 Each row (all of them, where none is named) runs on the seeds 11 12 with `--holdout 10000` and goes into a
 directory of its own below runs/ablation, from which tests/figures.py makes the table and the picture.
@@ -19,6 +19,8 @@ ROWS = {
     # The peak would be far too high a rate to stay at; a quarter of it, untuned.
     "4-without-OneCycle": {"MAX_LR": 0.0125},
     "5-without-averaging": {"AVERAGE_DECAY": 0.0},
+    "6-without-cropping": {"CROP": None},
+    "7-in-float32": {},  # the others are in bfloat16, on a CPU that multiplies it
 }
 
 
@@ -29,7 +31,7 @@ def main():
         utils.one_cycle = (lambda *_: None) if "OneCycle" in row else one_cycle
         directory = f"runs/ablation/{row}"
         options = f"--holdout 10000 --seeds 11 12 --output-dir {directory} --images-dir {directory}".split()
-        sys.argv[1:] = [*options, "--resume"]
+        sys.argv[1:] = [*options, "--precision", "float32" if "float32" in row else "auto", "--resume"]
         train_M4.main()
 
 
