@@ -156,9 +156,8 @@ def device(text):
 
 def default_precision(device):
     """Return "bfloat16" for a CPU that multiplies such numbers, as far as torch can tell, else "float32"."""
-    capabilities = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # older releases of torch have no such function
+    # Older releases of torch have no such function.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if device.type == "cpu" and capabilities.get("avx512_bf16") else "float32"
 
 
@@ -216,7 +215,10 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         parser.error(f"argument --seeds: {error}")
     if not seeds or len(set(args.seeds)) < len(seeds):
         parser.error("argument --seeds: give one or more seeds, each once")
-    args.precision = default_precision(args.device) if args.precision == "auto" else args.precision
+    if args.precision == "auto":
+        args.precision = default_precision(args.device)
+    elif args.precision == "bfloat16" and args.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        parser.error("argument --precision: this GPU has no bfloat16; try float32")
     args.name = name
     args.read_only_data = (
         bool(channel) and (args.data_dir or Path(channel)).resolve() == Path(channel).resolve()
@@ -559,8 +561,8 @@ def train_batch(network, batch, generator, data, augment, side, precision):
     """Leave in the gradients what a batch brings; return its summed loss and its count of right answers.
 
     batch: the indices of its images, int64, (N,). augment: the limits for `augment_batch`, or None. side: train on the
-    middle `side` x `side` pixels. precision: the dtype of activations, the weights stay float32. Nothing in here waits
-    for the device.
+    middle `side` x `side` pixels. precision: "float32", or "bfloat16" for activations of that dtype; weights and
+    gradients are float32. Nothing in here waits for the device.
     """
     network.zero_grad()
     pixels, labels = data.train_images[batch] / 255.0, data.train_labels[batch]
@@ -568,7 +570,7 @@ def train_batch(network, batch, generator, data, augment, side, precision):
         pixels = augment_batch(pixels, **augment, generator=generator)
     edge = (pixels.shape[-1] - side) // 2
     pixels = pixels[..., edge : edge + side, edge : edge + side]
-    with torch.autocast(pixels.device.type, precision, enabled=precision != torch.float32):
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         logits = network(normalize(pixels)).float()
     loss = F.cross_entropy(logits, labels)
     loss.backward()
@@ -580,8 +582,8 @@ def train(
 ):
     """Train for one epoch over a fresh permutation; return loss (nats per image) and accuracy (percent).
 
-    augment: the limits for `augment_batch`, or None. scheduler: stepped after each batch, or None. crop: (side, part),
-    the first `part` of all epochs, 0 to 1, is trained on the middle `side` x `side` pixels; or None. On the CPU the
+    augment: the limits for `augment_batch`, or None. scheduler: stepped after each batch, or None. crop: (side, part)
+    to train the first `part` of all epochs, 0 to 1, on the middle `side` x `side` pixels, or None. On the CPU the
     gradients of two batches are taken side by side, at the same weights, and then the optimiser makes a step for
     one and a step for the other; batch norm's running statistics are those of every other batch. Nothing in here
     waits for the device before the epoch's end, but for the figures on a terminal's bar.
@@ -610,8 +612,7 @@ def train(
     layout, title = "{percentage:3.0f}% |{bar}| {desc}", f"epoch {epoch}/{args.epochs}"
     bar = tqdm(rounds, title, leave=False, disable=None, bar_format=layout)
     side = crop[0] if crop and epoch <= crop[1] * args.epochs else data.train_images.shape[-1]
-    precision = getattr(torch, args.precision)
-    work = partial(train_batch, data=data, augment=augment, side=side, precision=precision)
+    work = partial(train_batch, data=data, augment=augment, side=side, precision=args.precision)
     with ThreadPoolExecutor(len(networks)) as pool, contextlib.ExitStack() as afterwards:
         # Also for this thread: the helpers of its own operations would go on spinning in the way of the other two.
         afterwards.callback(torch.set_num_threads, threads)
@@ -835,8 +836,9 @@ def finish(args, model, summaries, histories, data):
     one = f"{args.name}, seed {args.seeds[-1]}"
     plot_misclassified(gallery, one, data.test_images, data.test_labels, logits)
     plot_confusion(confusion, one, data.test_labels, logits)
+    parameters = sum(p.numel() for p in model.parameters())
     lines = [
-        f"{args.name}: {sum(p.numel() for p in model.parameters()):,} parameters; {evaluated} accuracy in %"
+        f"{args.name}: {parameters:,} parameters, trained in {args.precision}; {evaluated} accuracy in %"
     ]
     for seed, s in zip(args.seeds, summaries, strict=True):
         lines.append(

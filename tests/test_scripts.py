@@ -159,6 +159,20 @@ def test_auto_precision_goes_by_device_and_processor(capable, monkeypatch, tmp_p
     assert utils.default_precision(torch.device("cuda")) == "float32"
 
 
+def test_bfloat16_needs_a_gpu_that_has_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, answer in (("is_available", True), ("device_count", 1), ("is_bf16_supported", False)):
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    assert (
+        utils.parse_args("M4", "", 128, 0.01, ["--device", "cuda", "--output-dir", "a"]).precision
+        == "float32"
+    )
+    with pytest.raises(SystemExit) as stop:
+        utils.parse_args("M4", "", 128, 0.01, ["--device", "cuda", "--precision", "bfloat16"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "no bfloat16" in err and len(err.splitlines()) == 1
+
+
 def test_a_run_goes_on_in_its_own_precision_only(run_script):
     assert run_script("train_M1.py", "--epochs", "2", "--precision", "bfloat16").returncode == 0
     done = run_script("train_M1.py", "--epochs", "2", "--precision", "float32", "--resume")

@@ -219,7 +219,7 @@ def test_the_first_epochs_see_the_middle_of_the_augmented_image(monkeypatch):
     model, average = utils.build(Spy, args, 1, 0.1)
     images = torch.randint(0, 256, (8, 1, 28, 28), dtype=torch.uint8)
     data = utils.Data(images, torch.arange(8), None, None)
-    monkeypatch.setattr(utils, "augment_batch", lambda pixels, generator: pixels + 1)
+    monkeypatch.setattr(utils, "augment_batch", lambda pixels, **_: pixels + 1)
     monkeypatch.setattr(torch, "randperm", torch.arange)
     for epoch in range(1, 6):
         optimizer = torch.optim.SGD(model.parameters(), 0.01)
