@@ -27,8 +27,8 @@ class Dropout(nn.Dropout):
 
     Random numbers for dropout cost about as much there as a third of the training step. This layer draws
     a pool of masks a quarter larger than its input and, at each step, cuts one out at a random offset. Each
-    activation is still dropped with probability p and scaled by 1 / (1 - p) otherwise; the layer is the
-    identity in evaluation. Call `redraw_dropout_masks` once per epoch for fresh pools. Other devices use
+    activation is still dropped with probability p and scaled by 1 / (1 - p), rounded to the input's dtype, otherwise;
+    the layer is the identity in evaluation. Call `redraw_dropout_masks` once per epoch for fresh pools. Other devices use
     torch's own function, whose random numbers cost next to nothing there.
 
     Source: Srivastava et al., 2014, https://jmlr.org/papers/v15/srivastava14a.html

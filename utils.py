@@ -155,8 +155,8 @@ def device(text):
 
 
 def default_precision(device):
-    """Return "bfloat16" for a CPU that multiplies such numbers, as far as torch can tell, else "float32"."""
-    # Older releases of torch have no such function.
+    """Return "bfloat16" for a CPU with avx512_bf16, where torch can tell, else "float32"."""
+    # Older releases of torch, 2.8 among them, have no such function.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if device.type == "cpu" and capabilities.get("avx512_bf16") else "float32"
 
@@ -187,7 +187,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     add("--max-lr", type=number(float, 1e-9, 100), default=max_lr, metavar="X", help=help)
     add("--seeds", nargs="+", default=["1"], metavar="S", help="one full run for each seed (1)")
     add("--device", type=device, default="auto", metavar="D", help="auto, cpu, cuda, cuda:N or mps (auto)")
-    help = "float32, bfloat16 or auto: bfloat16 on a CPU that multiplies it, else float32 (auto)"
+    help = "float32, bfloat16 or auto: bfloat16 on a CPU that torch says has avx512_bf16, else float32 (auto)"
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", metavar="P", help=help)
     help = "train on N images fewer and evaluate on those instead of the test set (0)"
     add("--holdout", type=number(int, 0, 59_000), default=0, metavar="N", help=help)
@@ -217,8 +217,17 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         parser.error("argument --seeds: give one or more seeds, each once")
     if args.precision == "auto":
         args.precision = default_precision(args.device)
-    elif args.precision == "bfloat16" and args.device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        parser.error("argument --precision: this GPU has no bfloat16; try float32")
+    elif args.precision == "bfloat16" and args.device.type == "cuda":
+        # torch would emulate what the GPU does not have, and be slow.
+        with torch.cuda.device(args.device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                parser.error("argument --precision: this GPU has no bfloat16; try float32")
+    elif (
+        args.precision == "bfloat16"
+        and args.device.type == "mps"
+        and not torch.backends.mps.is_macos_or_newer(14, 0)
+    ):
+        parser.error("argument --precision: bfloat16 needs macOS 14 here; try float32")
     args.name = name
     args.read_only_data = (
         bool(channel) and (args.data_dir or Path(channel)).resolve() == Path(channel).resolve()
@@ -561,8 +570,8 @@ def train_batch(network, batch, generator, data, augment, side, precision):
     """Leave in the gradients what a batch brings; return its summed loss and its count of right answers.
 
     batch: the indices of its images, int64, (N,). augment: the limits for `augment_batch`, or None. side: train on the
-    middle `side` x `side` pixels. precision: "float32", or "bfloat16" for activations of that dtype; weights and
-    gradients are float32. Nothing in here waits for the device.
+    middle `side` x `side` pixels. precision: "float32", or "bfloat16" for activations, convolutions and the weight
+    gradients of these, rounded to that; the weights themselves stay float32. Nothing in here waits for the device.
     """
     network.zero_grad()
     pixels, labels = data.train_images[batch] / 255.0, data.train_labels[batch]
@@ -570,7 +579,8 @@ def train_batch(network, batch, generator, data, augment, side, precision):
         pixels = augment_batch(pixels, **augment, generator=generator)
     edge = (pixels.shape[-1] - side) // 2
     pixels = pixels[..., edge : edge + side, edge : edge + side]
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    half = precision == "bfloat16"
+    with torch.autocast(pixels.device.type, torch.bfloat16) if half else contextlib.nullcontext():
         logits = network(normalize(pixels)).float()
     loss = F.cross_entropy(logits, labels)
     loss.backward()
@@ -722,9 +732,10 @@ def resume(args, seed, config, parts):
         stored = {key: saved[key] for key in ("model", "seed", "device")} | saved["config"]
         for key in state | stored:
             if state.get(key) != stored.get(key):
+                option = f" (--{key.replace('_', '-')})" if hasattr(args, key) else ""
                 raise UserError(
                     f"{path} was made with {key} {stored.get(key)}, not {state.get(key)}: "
-                    "use the same settings, or another --output-dir, or --resume false"
+                    f"use the same settings{option}, or another --output-dir, or --resume false"
                 )
         for name, part in parts.items():
             if part is not None:

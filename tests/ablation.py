@@ -25,8 +25,14 @@ ROWS = {
 
 
 def main():
+    wrong = set(sys.argv[1:]) - set(ROWS)
+    if wrong:
+        utils.fail(f"there is no row {min(wrong)}; there are {', '.join(ROWS)}")
     recipe, one_cycle = {key: getattr(train_M4, key) for row in ROWS.values() for key in row}, utils.one_cycle
-    for row in sys.argv[1:] or list(ROWS):
+    rows = sys.argv[1:] or list(ROWS)
+    if utils.default_precision(utils.device("auto")) == "float32":
+        rows = [row for row in rows if "float32" not in row]  # it would be the first row again
+    for row in rows:
         vars(train_M4).update(recipe | ROWS[row])
         utils.one_cycle = (lambda *_: None) if "OneCycle" in row else one_cycle
         directory = f"runs/ablation/{row}"
