@@ -1,8 +1,8 @@
 """The four networks of the ladder, and how to have a trained one read a picture.
 
-Every network takes float images of shape (N, 1, 28, 28), M3 and M4 smaller ones too, as `normalize` makes them, and returns
-logits of shape (N, 10), unnormalised log-probabilities for `F.cross_entropy`. No convolution has a bias:
-batch norm would cancel it, and M1, which has none, spends its parameters on filters instead.
+Every network takes float images of shape (N, 1, 28, 28), M3 and M4 smaller ones too, as `normalize` makes
+them, and returns logits of shape (N, 10), unnormalised log-probabilities for `F.cross_entropy`. No convolution
+has a bias: batch norm would cancel it, and M1, which has none, spends its parameters on filters instead.
 
 Comments at the end of a line give the size of the feature map, then the receptive field, both in pixels.
 """
