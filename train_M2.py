@@ -22,7 +22,7 @@ MAX_LR = 0.005  # constant; batch norm bears a higher rate than M1
 WEIGHT_DECAY = 0.01
 DROPOUT = 0.02  # 3,944 parameters underfit: more dropout costs more than it saves
 AUGMENT = None  # comes with M3
-CROP = None  # the last layer needs the whole image
+CROP = None  # the last layer averages a map of 7x7
 AVERAGE_DECAY = 0.998  # spans about one epoch: long enough to smooth, short enough to follow
 
 
