@@ -551,8 +551,11 @@ def keep_freed_memory():
 def build(model_class, args, seed, *model_args):
     """Return a new model on the device and the average of its weights, both the same for the same seed."""
     keep_freed_memory()
-    if args.device.type == "cuda" and args.device.index is not None:
-        torch.cuda.set_device(args.device)  # whose random state is the one that is saved
+    if args.device.type == "cuda":
+        if args.device.index is not None:
+            torch.cuda.set_device(args.device)  # whose random state is the one that is saved
+        if torch.cuda.current_stream() == torch.cuda.default_stream():
+            torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be recorded as a graph
     torch.backends.cudnn.deterministic = True  # the same seed gives the same figures on a GPU as well
     torch.manual_seed(seed)
     model = model_class(*model_args).to(args.device)
@@ -587,69 +590,120 @@ def train_batch(network, batch, generator, data, augment, side, precision):
     return loss.detach() * len(batch), (logits.detach().argmax(1) == labels).sum()
 
 
+def steps_side_by_side(model, optimizer, work, batches, seeds, device):
+    """Yield what `work(network, batch, generator)` returns for each batch, once the optimiser has stepped for it.
+
+    On the CPU the gradients of two batches are taken side by side, at the same weights, and then the optimiser makes
+    a step for one and a step for the other; batch norm's running statistics are those of every other batch. seeds: two
+    whole numbers, for the random numbers of each.
+    """
+    networks, generators, threads = [model], [None], torch.get_num_threads()
+    if device.type == "cpu":
+        # Two threads with a batch each share out the cores better than one that calls for them layer by layer.
+        # With a generator each the figures do not depend on who comes first, or on one core or two.
+        networks.append(twin(model))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for network, generator in zip(networks, generators, strict=True):
+        redraw_dropout_masks(network, generator)
+    with ThreadPoolExecutor(len(networks)) as pool, contextlib.ExitStack() as afterwards:
+        # Also for this thread: the helpers of its own operations would go on spinning in the way of the other two.
+        afterwards.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(max(1, threads // len(networks)))
+        run = pool.map if threads > 1 and len(networks) > 1 else map
+        for i in range(0, len(batches), len(networks)):
+            results = list(run(work, networks, batches[i : i + len(networks)], generators))
+            # The second step's gradient is that of the weights before the first.
+            for network, result in zip(networks, results, strict=False):
+                for p, q in zip(model.parameters(), network.parameters(), strict=True):
+                    p.grad = q.grad
+                optimizer.step()
+                yield result
+
+
+def steps_as_graph(model, optimizer, work, batches):
+    """Yield what `work(model, batch, None)` returns for each batch, once the optimiser has stepped for it, on a GPU.
+
+    A step is some two hundred kernels, most of them done before Python has launched the next. They are recorded once
+    an epoch as a CUDA graph, and then one launch replays them all.
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def step(batch):
+        result = work(model, batch, None)
+        optimizer.step()
+        return result
+
+    # The first ones as they come: by then torch has chosen its kernels and the optimiser has its state. The last, which
+    # may be a smaller one, too.
+    first, middle, last = batches[:3], batches[3:-1], batches[3:][-1:]
+    for batch in first:
+        yield step(batch)
+    if middle:
+        # What changes from step to step must be a tensor: a number would be recorded as it stands.
+        batch, lr = middle[0].clone(), torch.zeros((), device=middle[0].device)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group.update(lr=lr, capturable=True)  # without the second AdamW refuses to be recorded
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            loss, right = step(batch)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for indices in middle:
+            batch.copy_(indices)
+            lr.fill_(optimizer.param_groups[0]["lr"])
+            graph.replay()
+            yield loss.clone(), right.clone()
+    for batch in last:
+        yield step(batch)
+
+
 def train(
     model, average, data, optimizer, scheduler, args, epoch, augment=None, average_decay=0.998, crop=None
 ):
     """Train for one epoch over a fresh permutation; return loss (nats per image) and accuracy (percent).
 
     augment: the limits for `augment_batch`, or None. scheduler: stepped after each batch, or None. crop: (side, part)
-    to train the first `part` of all epochs, 0 to 1, on the middle `side` x `side` pixels, or None. On the CPU the
-    gradients of two batches are taken side by side, at the same weights, and then the optimiser makes a step for
-    one and a step for the other; batch norm's running statistics are those of every other batch. Nothing in here
-    waits for the device before the epoch's end, but for the figures on a terminal's bar.
+    to train the first `part` of all epochs, 0 to 1, on the middle `side` x `side` pixels, or None. Nothing in here
+    waits for the device before the epoch's end, but for the recording of a graph and the figures on a terminal's bar.
     Raises UserError when the loss is no longer a number.
     """
     model.train()
     keep_freed_memory()
-    networks, generators, threads = [model], [None], torch.get_num_threads()
-    if args.device.type == "cpu":
-        # Two threads with a batch each share out the cores better than one that calls for them layer by layer.
-        # With a generator each the figures do not depend on who comes first, or on one core or two.
-        networks.append(twin(model))
-        generators = [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (2,)).tolist()]
-    for network, generator in zip(networks, generators, strict=True):
-        redraw_dropout_masks(network, generator)
     # Drawn on the CPU so that one generator, kept in the checkpoint, decides the whole run.
+    seeds = torch.randint(2**62, (2,)).tolist()
     batches = torch.randperm(len(data.train_labels)).to(args.device).split(args.batch_size)
     if len(batches[-1]) == 1:
         batches = batches[:-1]  # the statistics of one image are none for batch norm
-    rounds = [batches[i : i + len(networks)] for i in range(0, len(batches), len(networks))]
+    side = crop[0] if crop and epoch <= crop[1] * args.epochs else data.train_images.shape[-1]
+    work = partial(train_batch, data=data, augment=augment, side=side, precision=args.precision)
+    if args.device.type == "cuda":
+        steps = steps_as_graph(model, optimizer, work, batches)
+    else:
+        steps = steps_side_by_side(model, optimizer, work, batches, seeds, args.device)
     # Batch norm's running statistics are averaged too; its batch counter, an integer, is not.
     averages, tensors = (
         [tensor for tensor in m.state_dict().values() if tensor.is_floating_point()] for m in (average, model)
     )
     losses, correct, seen = [], torch.zeros((), dtype=torch.long, device=args.device), 0
     layout, title = "{percentage:3.0f}% |{bar}| {desc}", f"epoch {epoch}/{args.epochs}"
-    bar = tqdm(rounds, title, leave=False, disable=None, bar_format=layout)
-    side = crop[0] if crop and epoch <= crop[1] * args.epochs else data.train_images.shape[-1]
-    work = partial(train_batch, data=data, augment=augment, side=side, precision=args.precision)
-    with ThreadPoolExecutor(len(networks)) as pool, contextlib.ExitStack() as afterwards:
-        # Also for this thread: the helpers of its own operations would go on spinning in the way of the other two.
-        afterwards.callback(torch.set_num_threads, threads)
-        torch.set_num_threads(max(1, threads // len(networks)))
-        run = pool.map if threads > 1 and len(networks) > 1 else map
-        for number, together in enumerate(bar):
-            results = list(run(work, networks, together, generators))
-            # The second step's gradient is that of the weights before the first.
-            for network, batch, (loss, right) in zip(networks, together, results, strict=False):
-                for p, q in zip(model.parameters(), network.parameters(), strict=True):
-                    p.grad = q.grad
-                optimizer.step()
-                lr = optimizer.param_groups[0]["lr"]
-                # The last step of OneCycle has no rate to go on to.
-                if scheduler and scheduler.last_epoch < scheduler.total_steps - 1:
-                    scheduler.step()
-                update_average(averages, tensors, average_decay, (epoch - 1) * len(batches) + len(losses))
-                losses.append(loss)
-                correct += right
-                seen += len(batch)
-            # To read a figure is to wait for the device: a GPU, done in a second, shows the bar alone.
-            if not bar.disable and number % 10 == 0 and args.device.type == "cpu":
-                left = (args.epochs - epoch + 1) * len(rounds) - number
-                left = bar.format_interval(bar.format_dict["elapsed"] / (number + 1) * left)
-                loss = loss.item() / len(batch)
-                figures = f"loss {loss:.3f}, accuracy {100 * correct.item() / seen:.1f}%, rate {lr:.2g}"
-                bar.set_description_str(f"{title}, {figures}, {left} left", refresh=False)
+    bar = tqdm(steps, title, len(batches), leave=False, disable=None, bar_format=layout)
+    for number, (batch, (loss, right)) in enumerate(zip(batches, bar, strict=True)):
+        lr = optimizer.param_groups[0]["lr"]
+        # The last step of OneCycle has no rate to go on to.
+        if scheduler and scheduler.last_epoch < scheduler.total_steps - 1:
+            scheduler.step()
+        update_average(averages, tensors, average_decay, (epoch - 1) * len(batches) + number)
+        losses.append(loss)
+        correct += right
+        seen += len(batch)
+        # To read a figure is to wait for the device: a GPU, done in a second, shows the bar alone.
+        if not bar.disable and number % 20 == 0 and args.device.type == "cpu":
+            left = (args.epochs - epoch + 1) * len(batches) - number
+            left = bar.format_interval(bar.format_dict["elapsed"] / (number + 1) * left)
+            loss = loss.item() / len(batch)
+            figures = f"loss {loss:.3f}, accuracy {100 * correct.item() / seen:.1f}%, rate {lr:.2g}"
+            bar.set_description_str(f"{title}, {figures}, {left} left", refresh=False)
     losses = torch.stack(losses).cpu()
     if not losses.isfinite().all():
         step = int((~losses.isfinite()).nonzero()[0]) + 1

@@ -1,0 +1,152 @@
+"""A GPU's steps as a CUDA graph: on the CPU with a stand-in for the graph, and, where there is one, on a GPU."""
+
+import contextlib
+import json
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import models
+import utils
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+AUGMENT = {"rotation": 8, "shear": 8, "scale": 0.1, "shift": 0.1}
+
+
+class Graph(TorchDispatchMode):
+    """Keeps the operations that run within it, with the very tensors they took and gave, to do them again."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(operation), "waits for the device"
+        results = operation(*args, **(kwargs or {}))
+        # The same memory, but nothing that autograd keeps account of.
+        self.calls.append(
+            tree_map_only(torch.Tensor, torch.Tensor.detach, (operation, args, kwargs or {}, results))
+        )
+        return results
+
+    @torch.no_grad()
+    def replay(self):
+        for operation, args, kwargs, results in self.calls:
+            for kept, new in zip(tree_leaves(results), tree_leaves(operation(*args, **kwargs)), strict=True):
+                # A view of an argument, or the argument itself, is up to date already.
+                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
+def as_graph_on_the_cpu(monkeypatch, model, optimizer):
+    """Give `utils` the stand-in for CUDA's graph; like that, it records without changing anything."""
+
+    @contextlib.contextmanager
+    def record(graph, stream):
+        states = [s for s in tree_leaves(list(optimizer.state.values())) if isinstance(s, torch.Tensor)]
+        tensors = [*model.state_dict().values(), *states]
+        before, random = [t.clone() for t in tensors], torch.get_rng_state()
+        with graph:
+            yield
+        for tensor, values in zip(tensors, before, strict=True):
+            tensor.copy_(values)
+        torch.set_rng_state(random)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: record(graph, stream))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+
+
+def parts(muon, device="cpu", precision="float32"):
+    """Return a model with torch's own dropout, as on a GPU, its optimiser, what gives the gradients, and batches."""
+    torch.manual_seed(0)
+    model = models.MNIST_CNN_M4(0.2).to(device)
+    optimizer = (
+        utils.Muon(model, 0.1, 0.9) if muon else torch.optim.AdamW(model.parameters(), 0.1, fused=True)
+    )
+    images = torch.randint(0, 256, (150, 1, 28, 28), dtype=torch.uint8, device=device)
+    data = utils.Data(images, torch.arange(150, device=device) % 10, None, None)
+
+    def work(network, batch, generator):
+        return utils.train_batch(network, batch, generator, data, AUGMENT, 24, precision)
+
+    return model, optimizer, work, torch.randperm(150).to(device).split(16)
+
+
+def run(steps, optimizer):
+    """Take all steps at a rate that changes; return the losses and the counts of right answers."""
+    results = []
+    for number, (loss, right) in enumerate(steps):
+        results.append((loss, right))
+        for group in optimizer.param_groups:
+            assert isinstance(group["lr"], float)
+            group["lr"] = 0.1 / (number + 2)
+    return torch.tensor(results)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("muon", [True, False])
+def test_replayed_steps_are_the_steps_themselves(monkeypatch, muon, precision):
+    monkeypatch.setattr(models, "Dropout", nn.Dropout)
+    model, optimizer, work, batches = parts(muon, precision=precision)
+
+    def plain():
+        for batch in batches:
+            result = work(model, batch, None)
+            optimizer.step()
+            yield result
+
+    expected, weights = run(plain(), optimizer), model.state_dict()
+    model, optimizer, work, batches = parts(muon, precision=precision)
+    as_graph_on_the_cpu(monkeypatch, model, optimizer)
+    count = Mock(side_effect=work)
+    results = run(utils.steps_as_graph(model, optimizer, count, batches), optimizer)
+    # Three first, the recorded one, the last.
+    assert len(results) == len(batches) == 10 and count.call_count == 5
+    # A rate that is a tensor is rounded to float32.
+    assert torch.allclose(results, expected, rtol=1e-3, atol=0.01)
+    for key, value in model.state_dict().items():
+        assert torch.allclose(value.float(), weights[key].float(), rtol=1e-3, atol=1e-3), key
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5])
+def test_few_batches_get_a_step_each(monkeypatch, count):
+    monkeypatch.setattr(models, "Dropout", nn.Dropout)
+    model, optimizer, work, batches = parts(True)
+    as_graph_on_the_cpu(monkeypatch, model, optimizer)
+    assert len(run(utils.steps_as_graph(model, optimizer, work, batches[:count]), optimizer)) == count
+
+
+@needs_gpu
+def test_a_gpu_replays_what_it_would_do_step_by_step():
+    model, optimizer, work, batches = parts(True, "cuda")
+    torch.cuda.manual_seed(0)
+    plain = utils.steps_side_by_side(model, optimizer, work, batches, None, torch.device("cuda"))
+    expected = run(plain, optimizer)
+    model, optimizer, work, batches = parts(True, "cuda")
+    torch.cuda.manual_seed(0)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        results = run(utils.steps_as_graph(model, optimizer, work, batches), optimizer)
+    assert torch.allclose(results, expected, rtol=0.05, atol=1)
+
+
+@needs_gpu
+@pytest.mark.parametrize("model", ["M1", "M2", "M3", "M4"])
+def test_a_gpu_gives_the_same_figures_again_and_after_a_resume(run_script, tmp_path, model):
+    options = ("--device", "cuda", "--epochs", "3", "--batch-size", "64")
+    for output in ("one", "two"):
+        done = run_script(f"train_{model}.py", *options, output=output)
+        assert done.returncode == 0, done.stderr
+    stop = "import utils; log = utils.log_epoch; utils.log_epoch = lambda history, *a: (log(history, *a), "
+    stop += "sys.exit(143) if len(history) == 3 else None)"
+    assert run_script(f"train_{model}.py", *options, output="three", before=stop).returncode == 143
+    assert run_script(f"train_{model}.py", *options, "--resume", output="three").returncode == 0
+    figures = []
+    for output in ("one", "two", "three"):
+        history = json.loads((tmp_path / output / "metrics.json").read_text())["history"]
+        figures.append([{k: v for k, v in epoch.items() if k != "seconds"} for epoch in history])
+    assert figures[0] == figures[1] == figures[2]
