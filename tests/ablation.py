@@ -1,6 +1,6 @@
 """Train M4 without one of its helpers at a time: python tests/ablation.py [ROW …]
 
-Each row (all of them, where none is named) runs on the seeds 11 12 with `--holdout 10000` and goes into a
+Each row (all of them, where none is named) runs on the seeds 11 to 14 with `--holdout 10000` and goes into a
 directory of its own below runs/ablation, from which tests/figures.py makes the table and the picture.
 """
 
@@ -30,13 +30,15 @@ def main():
         utils.fail(f"there is no row {min(wrong)}; there are {', '.join(ROWS)}")
     recipe, one_cycle = {key: getattr(train_M4, key) for row in ROWS.values() for key in row}, utils.one_cycle
     rows = sys.argv[1:] or list(ROWS)
-    if utils.default_precision(utils.device("auto")) == "float32":
+    if utils.precision("auto", utils.device("auto")) == "float32":
         rows = [row for row in rows if "float32" not in row]  # it would be the first row again
     for row in rows:
         vars(train_M4).update(recipe | ROWS[row])
         utils.one_cycle = (lambda *_: None) if "OneCycle" in row else one_cycle
         directory = f"runs/ablation/{row}"
-        options = f"--holdout 10000 --seeds 11 12 --output-dir {directory} --images-dir {directory}".split()
+        options = (
+            f"--holdout 10000 --seeds 11 12 13 14 --output-dir {directory} --images-dir {directory}".split()
+        )
         sys.argv[1:] = [*options, "--precision", "float32" if "float32" in row else "auto", "--resume"]
         train_M4.main()
 

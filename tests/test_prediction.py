@@ -131,9 +131,12 @@ def test_predict_answers_every_file(run_script, tmp_path):
     three, two = draw(tmp_path / "three.png"), draw(tmp_path / r"$\again$.jpg", "RGB", True)
     done = run_script("train_M2.py", "--predict", str(three))
     assert done.returncode == 2 and "python train_M2.py" in done.stderr
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint.pt").write_bytes(b"")
+    done = run_script("train_M2.py", "--predict", str(three))
+    assert done.returncode == 2 and "--resume" in done.stderr
     torch.manual_seed(0)
     model = models.MNIST_CNN_M2()
-    (tmp_path / "out").mkdir()
     torch.save(model.state_dict(), tmp_path / "out" / "model.pt")
     (tmp_path / "bad.png").write_text("")
     done = run_script("train_M2.py", "--predict", str(three), str(tmp_path / "bad.png"), str(two))

@@ -158,7 +158,7 @@ def test_auto_precision_goes_by_device_and_processor(capable, monkeypatch, tmp_p
     args = utils.parse_args("M4", "", 128, 0.01, ["--device", "cpu"])
     assert args.precision == ("bfloat16" if capable else "float32")
     assert utils.recipe_config(args, {})["precision"] == args.precision
-    assert utils.default_precision(torch.device("cuda")) == "float32"
+    assert utils.precision("auto", torch.device("cuda")) == "float32"
 
 
 def test_bfloat16_needs_a_gpu_that_has_it(monkeypatch, capsys, tmp_path):
