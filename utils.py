@@ -200,6 +200,8 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     add("--device", type=device, default="auto", metavar="D", help="auto, cpu, cuda, cuda:N or mps (auto)")
     help = "float32, bfloat16 or auto: bfloat16 on a CPU that torch says has avx512_bf16, else float32 (auto)"
     add("--precision", default="auto", metavar="P", help=help)
+    help = "on a CUDA GPU, record the training step once an epoch and replay it: faster (true)"
+    add("--cuda-graph", type=boolean, default=True, metavar="BOOL", help=help)
     help = "train on N images fewer and evaluate on those instead of the test set (0)"
     add("--holdout", type=number(int, 0, 59_000), default=0, metavar="N", help=help)
     add("--limit", type=number(int, 1, 60_000), metavar="N", help="only the first N training images (all)")
@@ -599,8 +601,8 @@ def steps_side_by_side(model, optimizer, work, batches, seeds, device):
     """Yield what `work(network, batch, generator)` returns for each batch, once the optimiser has stepped for it.
 
     On the CPU the gradients of two batches are taken side by side, at the same weights, and then the optimiser makes
-    a step for one and a step for the other; batch norm's running statistics are those of every other batch. seeds: two
-    whole numbers, for the random numbers of each.
+    a step for one and a step for the other; batch norm's running statistics are those of every other batch. Elsewhere
+    one batch follows the other. seeds: two whole numbers, for the random numbers of each of the two.
     """
     networks, generators, threads = [model], [None], torch.get_num_threads()
     if device.type == "cpu":
@@ -625,12 +627,15 @@ def steps_side_by_side(model, optimizer, work, batches, seeds, device):
                 yield result
 
 
-def steps_as_graph(model, optimizer, work, batches):
-    """Yield what `work(model, batch, None)` returns for each batch, once the optimiser has stepped for it, on a GPU.
+def steps_as_graph(model, optimizer, work, batches, warm_up=3):
+    """Yield what `work(model, batch, None)` returns for each batch, once the optimiser has stepped for it, on a GPU
+    whose stream `build` has set.
 
     A step is some two hundred kernels, most of them done before Python has launched the next. They are recorded once
-    an epoch as a CUDA graph, and then one launch replays them all.
+    an epoch as a CUDA graph, and then one launch replays them all. The first `warm_up` batches get their steps one by
+    one: by then torch has chosen its kernels, and the optimiser has its state. So does the last, which can be smaller.
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    Raises UserError when the GPU cannot record a step.
     """
 
     def step(batch):
@@ -638,25 +643,28 @@ def steps_as_graph(model, optimizer, work, batches):
         optimizer.step()
         return result
 
-    # The first ones as they come: by then torch has chosen its kernels and the optimiser has its state. The last, which
-    # may be a smaller one, too.
-    first, middle, last = batches[:3], batches[3:-1], batches[3:][-1:]
-    for batch in first:
+    for batch in batches[:warm_up]:
         yield step(batch)
-    if middle:
-        # What changes from step to step must be a tensor: a number would be recorded as it stands.
-        batch, lr = middle[0].clone(), torch.zeros((), device=middle[0].device)
+    batches, last = batches[warm_up:-1], batches[warm_up:][-1:]
+    if batches:
+        # Recording computes nothing. Each replay reads and writes the very memory of the recording: what differs from
+        # step to step is copied into it, a number as a tensor, and the results are copied out of it.
+        indices, lr = batches[0].clone(), torch.zeros((), device=batches[0].device)
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group.update(lr=lr, capturable=True)  # without the second AdamW refuses to be recorded
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            loss, right = step(batch)
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                loss, right = step(indices)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"the GPU cannot record a step ({reason}): try --cuda-graph false") from error
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        for indices in middle:
-            batch.copy_(indices)
-            lr.fill_(optimizer.param_groups[0]["lr"])
+            group.update(lr=rate, capturable=False)
+        for batch in batches:
+            indices.copy_(batch)
+            lr.fill_(optimizer.param_groups[0]["lr"])  # all groups have the same
             graph.replay()
             yield loss.clone(), right.clone()
     for batch in last:
@@ -682,7 +690,7 @@ def train(
         batches = batches[:-1]  # the statistics of one image are none for batch norm
     side = crop[0] if crop and epoch <= crop[1] * args.epochs else data.train_images.shape[-1]
     work = partial(train_batch, data=data, augment=augment, side=side, precision=args.precision)
-    if args.device.type == "cuda":
+    if args.device.type == "cuda" and args.cuda_graph:
         steps = steps_as_graph(model, optimizer, work, batches)
     else:
         steps = steps_side_by_side(model, optimizer, work, batches, seeds, args.device)
@@ -772,8 +780,8 @@ def recipe_config(args, constants):
     """Return what decides the figures of a run: the script's constants and the options that matter."""
     recipe = {key.lower(): value for key, value in constants.items() if key.isupper() and not callable(value)}
     names = ("epochs", "batch_size", "max_lr", "precision", "holdout", "limit")
-    options = {key: getattr(args, key) for key in names}
-    return {**recipe, **options}
+    names += ("cuda_graph",) * (args.device.type == "cuda")
+    return {**recipe, **{key: getattr(args, key) for key in names}}
 
 
 def resume(args, seed, config, parts):
