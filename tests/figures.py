@@ -159,11 +159,13 @@ def draw_ablation(path, rows):
 
 
 def print_ablation(rows):
-    print("\n| M4 | final, mean ± std | lowest final | last-five minimum |\n|---|---|---|---|")
+    print("\n| M4 | final, mean ± std | lowest final | last-five minimum | final loss, mean | highest |")
+    print("|---|---|---|---|---|---|")
     for name, results in rows.items():
         final = spread([run["summary"]["final_test_acc"] for run in results])
         low = min(run["summary"]["last5_min"] for run in results)
-        print(f"| {name} | {final} | {low:.2f} |")
+        losses = [run["history"][-1]["test_loss"] for run in results]
+        print(f"| {name} | {final} | {low:.2f} | {sum(losses) / len(losses):.4f} | {max(losses):.4f} |")
 
 
 def print_shared_errors(directory, images, labels):
