@@ -200,7 +200,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     add("--device", type=device, default="auto", metavar="D", help="auto, cpu, cuda, cuda:N or mps (auto)")
     help = "float32, bfloat16 or auto: bfloat16 on a CPU that torch says has avx512_bf16, else float32 (auto)"
     add("--precision", default="auto", metavar="P", help=help)
-    help = "on a CUDA GPU, record the training step once an epoch and replay it: faster (true)"
+    help = "on a CUDA GPU, record the training step once an epoch and replay it (true)"
     add("--cuda-graph", type=boolean, default=True, metavar="BOOL", help=help)
     help = "train on N images fewer and evaluate on those instead of the test set (0)"
     add("--holdout", type=number(int, 0, 59_000), default=0, metavar="N", help=help)
@@ -631,9 +631,10 @@ def steps_as_graph(model, optimizer, work, batches, warm_up=3):
     """Yield what `work(model, batch, None)` returns for each batch, once the optimiser has stepped for it, on a GPU
     whose stream `build` has set.
 
-    A step is some two hundred kernels, most of them done before Python has launched the next. They are recorded once
-    an epoch as a CUDA graph, and then one launch replays them all. The first `warm_up` batches get their steps one by
-    one: by then torch has chosen its kernels, and the optimiser has its state. So does the last, which can be smaller.
+    A step is some 150 operations, so small that Python is expected to take longer to launch one than the GPU to do it.
+    They are recorded once an epoch as a CUDA graph, and then one launch replays them all. The first `warm_up` batches
+    are trained without it: by then torch has chosen its kernels, and the optimiser has its state. So is the last one,
+    which can be smaller.
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     Raises UserError when the GPU cannot record a step.
     """
@@ -652,11 +653,13 @@ def steps_as_graph(model, optimizer, work, batches, warm_up=3):
         indices, lr = batches[0].clone(), torch.zeros((), device=batches[0].device)
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            group.update(lr=lr, capturable=True)  # without the second AdamW refuses to be recorded
+            group.update(lr=lr, capturable=True)  # without capturable AdamW refuses to be recorded
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 loss, right = step(indices)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"the GPU cannot record a step ({reason}): try --cuda-graph false") from error
@@ -711,7 +714,7 @@ def train(
         correct += right
         seen += len(batch)
         # To read a figure is to wait for the device: a GPU, done in a second, shows the bar alone.
-        if not bar.disable and number % 20 == 0 and args.device.type == "cpu":
+        if not bar.disable and number % 20 == 1 and args.device.type == "cpu":
             left = (args.epochs - epoch + 1) * len(batches) - number
             left = bar.format_interval(bar.format_dict["elapsed"] / (number + 1) * left)
             loss = loss.item() / len(batch)
@@ -939,9 +942,9 @@ def finish(args, model, summaries, histories, data):
     directory = seed_dir(args.output_dir, args, args.seeds[-1])
     lines.append(f"model and metrics: {directory}")
     lines.append(f"pictures: {training}, {gallery}, {confusion}")
-    next_one = ["python", f"train_{args.name}.py", "--output-dir", str(directory)]
-    next_one += ["--images-dir", str(args.images_dir), "--predict", "PICTURE"]
-    lines.append(f"next: {shlex.join(next_one)}")
+    # Slashes do on Windows too, and what has no backslash needs no quotes, which its shell takes for part of a name.
+    options = ["--output-dir", directory.as_posix(), "--images-dir", args.images_dir.as_posix(), "--predict"]
+    lines.append(f"next: python train_{args.name}.py {shlex.join(options)} PICTURE")
     print("\n".join(lines), flush=True)
     return 3 if missed and args.target is not None else 0
 
@@ -959,8 +962,8 @@ def classify(args, model_class):
     except FileNotFoundError:
         below = [str(found) for found in sorted(args.output_dir.glob("seed-*"))]
         hint = f"give one of {', '.join(below)} as --output-dir" if below else "train one"
-        if (args.checkpoint_dir / "checkpoint.pt").exists():
-            hint = "the run is not finished: go on with --resume"
+        if not below and (args.output_dir / "checkpoint.pt").exists():
+            hint = "its run is not finished; add --resume and go on"
         raise UserError(f"there is no {path}: {hint}, with python train_{args.name}.py") from None
     except ValueError as error:
         raise UserError(f"{error}; train one with: python train_{args.name}.py") from None

@@ -30,7 +30,7 @@ import train_M4
 import utils
 
 TRAIN = 60_000
-WARM_UP = 8  # batches; the first four of ours are not yet replayed on a GPU
+WARM_UP = 8  # batches, more than the three that come before the recording of a CUDA graph
 
 
 def synchronize(device):

@@ -22,6 +22,7 @@ sys.dont_write_bytecode = True
 
 import utils
 
+# What the scripts import and, with pytest, this file, which the fork imports again.
 PRELOADED = [
     "pytest",
     "torch",
@@ -125,7 +126,8 @@ def run_script(sums, data_dir, tmp_path):
     """Run a training script as a process of its own that takes the generated set for MNIST.
 
     start: what starts the process and is given what `subprocess.run` takes. Without it the process is, on Linux, a fork
-    of one that has imported torch, torchvision and matplotlib: that takes most of the time of a run so short.
+    of one that has imported PRELOADED: to import that anew takes most of the time of a run so short. Elsewhere a fork
+    after such imports is not safe, or not there.
     """
 
     def run(script, *options, data=data_dir, output="out", start=None, before="", **environment):
@@ -160,7 +162,11 @@ def run_script(sums, data_dir, tmp_path):
         context.set_forkserver_preload(PRELOADED)
         process = context.Process(target=forked, args=(code, argv, env, tmp_path, outputs))
         process.start()
-        process.join()
+        try:
+            process.join()
+        finally:  # a Ctrl-C must not leave it behind
+            process.kill()
+            process.join()
         stdout, stderr = (path.read_text() for path in outputs)
         return SimpleNamespace(returncode=process.exitcode, stdout=stdout, stderr=stderr)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -66,7 +67,7 @@ def as_graph_on_the_cpu(monkeypatch, model, optimizer):
 
 
 def parts(muon, device="cpu", precision="float32"):
-    """Return a model with torch's own dropout, as on a GPU, its optimiser, what gives the gradients, and batches."""
+    """Return a model, its optimiser, what gives the gradients, and ten batches, the last smaller."""
     torch.manual_seed(0)
     model = models.MNIST_CNN_M4(0.2).to(device)
     optimizer = (
@@ -92,14 +93,17 @@ def run(steps, optimizer):
     return torch.tensor(results)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("muon", [True, False])
-def test_replayed_steps_are_the_steps_themselves(monkeypatch, muon, precision):
-    monkeypatch.setattr(models, "Dropout", nn.Dropout)
+@pytest.mark.parametrize(
+    "muon, precision, count",
+    [(True, "float32", 10), (True, "bfloat16", 10), (False, "float32", 10), (False, "bfloat16", 10)]
+    + [(True, "float32", count) for count in (1, 3, 4, 5)],
+)
+def test_replayed_steps_are_the_steps_themselves(monkeypatch, muon, precision, count):
+    monkeypatch.setattr(models, "Dropout", nn.Dropout)  # a GPU's
     model, optimizer, work, batches = parts(muon, precision=precision)
 
     def plain():
-        for batch in batches:
+        for batch in batches[:count]:
             result = work(model, batch, None)
             optimizer.step()
             yield result
@@ -107,22 +111,33 @@ def test_replayed_steps_are_the_steps_themselves(monkeypatch, muon, precision):
     expected, weights = run(plain(), optimizer), model.state_dict()
     model, optimizer, work, batches = parts(muon, precision=precision)
     as_graph_on_the_cpu(monkeypatch, model, optimizer)
-    count = Mock(side_effect=work)
-    results = run(utils.steps_as_graph(model, optimizer, count, batches), optimizer)
+    counted = Mock(side_effect=work)
+    results = run(utils.steps_as_graph(model, optimizer, counted, batches[:count]), optimizer)
     # Three first, the recorded one, the last.
-    assert len(results) == len(batches) == 10 and count.call_count == 5
+    assert len(results) == count and counted.call_count == min(count, 5)
     # A rate that is a tensor is rounded to float32.
     assert torch.allclose(results, expected, rtol=1e-3, atol=0.01)
     for key, value in model.state_dict().items():
         assert torch.allclose(value.float(), weights[key].float(), rtol=1e-3, atol=1e-3), key
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 5])
-def test_few_batches_get_a_step_each(monkeypatch, count):
-    monkeypatch.setattr(models, "Dropout", nn.Dropout)
-    model, optimizer, work, batches = parts(True)
-    as_graph_on_the_cpu(monkeypatch, model, optimizer)
-    assert len(run(utils.steps_as_graph(model, optimizer, work, batches[:count]), optimizer)) == count
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_the_graph_is_for_a_cuda_gpu_that_is_not_told_otherwise(monkeypatch, device, cuda_graph):
+    chosen = Mock(return_value=None)
+    for steps in ("steps_as_graph", "steps_side_by_side"):
+        monkeypatch.setattr(utils, steps, lambda *_, steps=steps: chosen(steps) or iter(()))
+    # A device that tensors may be sent to without there being one.
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_: tensor)
+    names = ("epochs", "batch_size", "max_lr", "precision", "holdout", "limit")
+    args = SimpleNamespace(**dict.fromkeys(names, 4), device=torch.device(device), cuda_graph=cuda_graph)
+    with contextlib.suppress(ValueError, RuntimeError):  # there are no steps
+        model = models.MNIST_CNN_M4()
+        data = utils.Data(torch.zeros(8, 1, 28, 28), torch.zeros(8), None, None)
+        utils.train(model, model, data, None, None, args, 1)
+    graph = device == "cuda" and cuda_graph
+    chosen.assert_called_once_with("steps_as_graph" if graph else "steps_side_by_side")
+    assert utils.recipe_config(args, {}).get("cuda_graph") == (cuda_graph if device == "cuda" else None)
 
 
 def test_a_step_that_cannot_be_recorded_is_told_in_one_line(monkeypatch):
