@@ -282,7 +282,8 @@ def read_picture(file):
                 picture = ImageOps.exif_transpose(picture).convert("RGBA")
                 picture.thumbnail((256, 256))
     except (OSError, SyntaxError, ValueError, ArithmeticError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "not a picture that can be read"
+        reasons = {FileNotFoundError: "no such file", PermissionError: "no permission to read it"}
+        reason = reasons.get(type(error), "not a picture that can be read")
         raise ValueError(f"{file}: {reason}") from None
     if not small:
         raise ValueError(f"{file}: {width} x {height} pixels are too many")

@@ -33,6 +33,7 @@ def main():
     config = utils.recipe_config(args, globals())
     histories, summaries = [], []
     for seed in args.seeds:
+        # The average of the weights is what is tested and saved.
         model, average = utils.build(MNIST_CNN_M1, args, seed)
         optimizer = torch.optim.AdamW(model.parameters(), args.max_lr, weight_decay=WEIGHT_DECAY, fused=True)
         scheduler = None  # OneCycle comes with M3

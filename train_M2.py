@@ -34,6 +34,7 @@ def main():
     config = utils.recipe_config(args, globals())
     histories, summaries = [], []
     for seed in args.seeds:
+        # The average of the weights is what is tested and saved.
         model, average = utils.build(MNIST_CNN_M2, args, seed, DROPOUT)
         optimizer = torch.optim.AdamW(model.parameters(), args.max_lr, weight_decay=WEIGHT_DECAY, fused=True)
         scheduler = None  # OneCycle comes with M3

@@ -4,7 +4,8 @@ TARGET    99.4% in each of the last five epochs: channels re-balanced, ten or mo
           1x1 convolution after the pooling.
 
 RESULT    n=5 seeds, last epoch: mean 99.57, min 99.52, best epoch 99.64; lowest of all
-          last-five epochs 99.48 (AMD EPYC, bfloat16, one thread, torch 2.15.0)
+          last-five epochs 99.48 (AMD EPYC, bfloat16, one thread, torch 2.15.0). Seeds 6 to 20: mean
+          99.56, min 99.42, best epoch 99.68; lowest of all last-five epochs 99.42
 
 ANALYSIS  Parameters moved to where the features are made: with the same budget and the same recipe
           as M3 the accuracy is at least as high, and a run takes less time.
@@ -16,10 +17,10 @@ import utils
 from models import MNIST_CNN_M4
 
 BATCH_SIZE = 128  # small enough for many steps in 15 epochs, large enough to keep two cores busy
-MAX_LR = 0.05  # about the spectral norm of each convolution's update; OneCycle comes down from it
+MAX_LR = 0.05  # how far a step goes: Muon makes the singular values of an update about 1, times this
 MOMENTUM = 0.95  # 0.9 did as well
 WARMUP = 0.2  # three of fifteen epochs to climb, twelve to settle
-DROPOUT = 0.02  # a net this small underfits; with 0.05 (and AdamW) the last epochs were 0.05 points lower
+DROPOUT = 0.02  # a net this small underfits; with 0.05 (and AdamW) the last epochs were 0.05 points lower; none at all did as well
 # degrees, degrees, parts of the size and of the side; 6 degrees did as well on the holdout, 10 worse
 AUGMENT = {"rotation": 8, "shear": 8, "scale": 0.08, "shift": 0.06}
 # pixels, part of the epochs: a border of two pixels holds 0.7% of the ink, and an epoch without it is a quarter cheaper
@@ -35,6 +36,7 @@ def main():
     config = utils.recipe_config(args, globals())
     histories, summaries = [], []
     for seed in args.seeds:
+        # The average of the weights is what is tested and saved.
         model, average = utils.build(MNIST_CNN_M4, args, seed, DROPOUT)
         optimizer = utils.Muon(model, args.max_lr, MOMENTUM)
         scheduler = utils.one_cycle(

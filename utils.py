@@ -86,13 +86,21 @@ def run(main):
         fail("nobody reads the output any more; --resume goes on from the last epoch that was kept")
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            fail(f"{what}; it must be a directory")
+        if isinstance(error, PermissionError):
+            fail(f"{what}; take a directory that you may read and write")
         fail(f"{what}; check that the directory can be written and that the disk has room")
     except (KeyboardInterrupt, SystemExit) as stop:
         status = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
         if status in (130, 143):
             # The last --resume counts, whatever was said before it.
             command = shlex.join(["python", *sys.argv, "--resume", "true"])
-            print(f"\nStopped. Finished epochs are kept; go on with: {command}", file=sys.stderr, flush=True)
+            print(
+                f"\nStopped. Finished epochs, if any, are kept; go on with: {command}",
+                file=sys.stderr,
+                flush=True,
+            )
     sys.exit(status)
 
 
@@ -573,6 +581,7 @@ def build(model_class, args, seed, *model_args):
 
 def twin(model):
     """Return a network with the very weights of `model`, but gradients, batch-norm statistics and dropout of its own."""
+    # What this dictionary has for the id of an object is taken for its copy: a new parameter over the same memory.
     return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.detach()) for p in model.parameters()})
 
 
@@ -597,19 +606,19 @@ def train_batch(network, batch, generator, data, augment, side, precision):
     return loss.detach() * len(batch), (logits.detach().argmax(1) == labels).sum()
 
 
-def steps_side_by_side(model, optimizer, work, batches, seeds, device):
+def steps_side_by_side(model, optimizer, work, batches, thread_seeds, device):
     """Yield what `work(network, batch, generator)` returns for each batch, once the optimiser has stepped for it.
 
     On the CPU the gradients of two batches are taken side by side, at the same weights, and then the optimiser makes
     a step for one and a step for the other; batch norm's running statistics are those of every other batch. Elsewhere
-    one batch follows the other. seeds: two whole numbers, for the random numbers of each of the two.
+    one batch follows the other. thread_seeds: two whole numbers, for the random numbers of each of the two.
     """
     networks, generators, threads = [model], [None], torch.get_num_threads()
     if device.type == "cpu":
         # Two threads with a batch each share out the cores better than one that calls for them layer by layer.
         # With a generator each the figures do not depend on who comes first, or on one core or two.
         networks.append(twin(model))
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(seed) for seed in thread_seeds]
     for network, generator in zip(networks, generators, strict=True):
         redraw_dropout_masks(network, generator)
     with ThreadPoolExecutor(len(networks)) as pool, contextlib.ExitStack() as afterwards:
@@ -687,7 +696,7 @@ def train(
     model.train()
     keep_freed_memory()
     # Drawn on the CPU so that one generator, kept in the checkpoint, decides the whole run.
-    seeds = torch.randint(2**62, (2,)).tolist()
+    thread_seeds = torch.randint(2**62, (2,)).tolist()
     batches = torch.randperm(len(data.train_labels)).to(args.device).split(args.batch_size)
     if len(batches[-1]) == 1:
         batches = batches[:-1]  # the statistics of one image are none for batch norm
@@ -696,7 +705,7 @@ def train(
     if args.device.type == "cuda" and args.cuda_graph:
         steps = steps_as_graph(model, optimizer, work, batches)
     else:
-        steps = steps_side_by_side(model, optimizer, work, batches, seeds, args.device)
+        steps = steps_side_by_side(model, optimizer, work, batches, thread_seeds, args.device)
     # Batch norm's running statistics are averaged too; its batch counter, an integer, is not.
     averages, tensors = (
         [tensor for tensor in m.state_dict().values() if tensor.is_floating_point()] for m in (average, model)
@@ -938,7 +947,8 @@ def finish(args, model, summaries, histories, data):
     lowest = min(s["last5_min"] for s in summaries)
     target = 99.4 if args.target is None else args.target
     missed = lowest < target or len(histories[0]) < 5
-    lines.append(f"target, {target:g}% in each of the last five epochs: {'missed' if missed else 'met'}")
+    few = ", there are fewer" if len(histories[0]) < 5 else ""
+    lines.append(f"target, {target:g}% in each of the last five epochs: {'missed' if missed else 'met'}{few}")
     directory = seed_dir(args.output_dir, args, args.seeds[-1])
     lines.append(f"model and metrics: {directory}")
     lines.append(f"pictures: {training}, {gallery}, {confusion}")

@@ -4,6 +4,7 @@ Each row (all of them, where none is named) runs on the seeds 11 to 14 with `--h
 directory of its own below runs/ablation, from which tests/figures.py makes the table and the picture.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -25,11 +26,13 @@ ROWS = {
 
 
 def main():
-    wrong = set(sys.argv[1:]) - set(ROWS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
+    rows = parser.parse_args().rows or list(ROWS)
+    wrong = set(rows) - set(ROWS)
     if wrong:
-        utils.fail(f"there is no row {min(wrong)}; there are {', '.join(ROWS)}")
+        parser.error(f"there is no row {min(wrong)}; there are {', '.join(ROWS)}")
     recipe, one_cycle = {key: getattr(train_M4, key) for row in ROWS.values() for key in row}, utils.one_cycle
-    rows = sys.argv[1:] or list(ROWS)
     if utils.precision("auto", utils.device("auto")) == "float32":
         rows = [row for row in rows if "float32" not in row]  # it would be the first row again
     for row in rows:

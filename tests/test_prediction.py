@@ -127,6 +127,15 @@ def test_what_is_no_digit_is_refused(tmp_path):
         models.prepare_digit(tmp_path / "dot.png")
 
 
+def test_a_picture_that_may_not_be_read(monkeypatch):
+    def refuse(file):
+        raise PermissionError(13, "Permission denied", file)
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(ValueError, match="secret.png: no permission"):
+        models.prepare_digit("secret.png")
+
+
 def test_predict_answers_every_file(run_script, tmp_path):
     three, two = draw(tmp_path / "three.png"), draw(tmp_path / r"$\again$.jpg", "RGB", True)
     done = run_script("train_M2.py", "--predict", str(three))

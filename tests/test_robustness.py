@@ -185,8 +185,8 @@ def test_unreadable_files_are_named(small_md5, contents, tmp_path, monkeypatch):
 
 def test_output_that_cannot_be_a_directory(run_script, tmp_path):
     (tmp_path / "file").write_text("")
-    refused(run_script("train_M4.py", output="file"), "file")
-    refused(run_script("train_M4.py", output="file/below"), "file")
+    refused(run_script("train_M4.py", output="file"), "file", "must be a directory")
+    refused(run_script("train_M4.py", output="file/below"), "file", "must be a directory")
 
 
 @posix
