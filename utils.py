@@ -792,7 +792,8 @@ def recipe_config(args, constants):
     """Return what decides the figures of a run: the script's constants and the options that matter."""
     recipe = {key.lower(): value for key, value in constants.items() if key.isupper() and not callable(value)}
     names = ("epochs", "batch_size", "max_lr", "precision", "holdout", "limit")
-    names += ("cuda_graph",) * (args.device.type == "cuda")
+    if args.device.type == "cuda":
+        names += ("cuda_graph",)
     return {**recipe, **{key: getattr(args, key) for key in names}}
 
 
@@ -946,9 +947,10 @@ def finish(args, model, summaries, histories, data):
         write_json(args.output_dir / "summary.json", {"model": args.name, "seeds": per_seed, **table})
     lowest = min(s["last5_min"] for s in summaries)
     target = 99.4 if args.target is None else args.target
-    missed = lowest < target or len(histories[0]) < 5
-    few = ", there are fewer" if len(histories[0]) < 5 else ""
-    lines.append(f"target, {target:g}% in each of the last five epochs: {'missed' if missed else 'met'}{few}")
+    few = len(histories[0]) < 5
+    missed = few or lowest < target
+    verdict = "missed, there are fewer" if few else "missed" if missed else "met"
+    lines.append(f"target, {target:g}% in each of the last five epochs: {verdict}")
     directory = seed_dir(args.output_dir, args, args.seeds[-1])
     lines.append(f"model and metrics: {directory}")
     lines.append(f"pictures: {training}, {gallery}, {confusion}")
@@ -971,9 +973,12 @@ def classify(args, model_class):
         model = load_model(model_class, path)
     except FileNotFoundError:
         below = [str(found) for found in sorted(args.output_dir.glob("seed-*"))]
-        hint = f"give one of {', '.join(below)} as --output-dir" if below else "train one"
-        if not below and (args.output_dir / "checkpoint.pt").exists():
+        if below:
+            hint = f"give one of {', '.join(below)} as --output-dir"
+        elif (args.output_dir / "checkpoint.pt").exists():
             hint = "its run is not finished; add --resume and go on"
+        else:
+            hint = "train one"
         raise UserError(f"there is no {path}: {hint}, with python train_{args.name}.py") from None
     except ValueError as error:
         raise UserError(f"{error}; train one with: python train_{args.name}.py") from None

@@ -138,14 +138,9 @@ def run_script(sums, data_dir, tmp_path):
             "OMP_NUM_THREADS": "1",
             **environment,
         }
+        out = tmp_path / output
         argv = [str(ROOT / script), "--device", "cpu", "--data-dir", str(data)]
-        argv += [
-            "--output-dir",
-            str(tmp_path / output),
-            "--images-dir",
-            str(tmp_path / output / "images"),
-            *options,
-        ]
+        argv += ["--output-dir", str(out), "--images-dir", str(out / "images"), *options]
         count = len(list(tmp_path.glob("start-*.py")))
         code = tmp_path / f"start-{count}.py"
         lines = ("import runpy, sys, utils", f"utils.MD5 = {sums!r}", "sys.argv = sys.argv[1:]", before)

@@ -1,12 +1,12 @@
 """A GPU's steps as a CUDA graph: on the CPU with a stand-in for the graph, and, where there is one, on a GPU."""
 
 import contextlib
-import json
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
+from test_scripts import history
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -168,11 +168,6 @@ def test_a_gpu_replays_what_it_would_do_step_by_step(muon, precision):
     assert torch.allclose(*weights, rtol=1e-3, atol=1e-3)
 
 
-def figures(directory):
-    history = json.loads((directory / "metrics.json").read_text())["history"]
-    return [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in history]
-
-
 @needs_gpu
 @pytest.mark.parametrize("model", ["M1", "M2", "M3", "M4"])
 def test_a_gpu_gives_the_same_figures_again_and_after_a_resume(run_script, tmp_path, model):
@@ -183,4 +178,4 @@ def test_a_gpu_gives_the_same_figures_again_and_after_a_resume(run_script, tmp_p
     stop += "sys.exit(143) if len(history) == 3 else None)"
     assert run_script(script, *options, output="three", before=stop).returncode == 143
     assert run_script(script, *options, "--resume", output="three").returncode == 0
-    assert figures(tmp_path / "one") == figures(tmp_path / "two" / "seed-1") == figures(tmp_path / "three")
+    assert history(tmp_path / "one") == history(tmp_path / "two" / "seed-1") == history(tmp_path / "three")
