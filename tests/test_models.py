@@ -16,7 +16,7 @@ COUNTS = {"M1": 6590, "M2": 3944, "M3": 7676, "M4": 7600}
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_readme_has_the_table_that_torchsummary_prints(name, capsys):
     summary(NETWORKS[name](), (1, 28, 28), device="cpu")
-    printed = capsys.readouterr().out.partition("Input size")[0].splitlines()
+    printed = capsys.readouterr().out.partition("Trainable params")[0].splitlines()
     section = (ROOT / "README.md").read_text().partition(f"## {name}")[2].partition("\n## ")[0]
     assert section.partition("```\n")[2].partition("```")[0].splitlines() == printed
     assert f"Total params: {COUNTS[name]:,}" in printed
