@@ -163,7 +163,7 @@ class MNIST_CNN_M3(nn.Module):
 
 
 class MNIST_CNN_M4(nn.Module):
-    """Channels re-balanced, never fewer than ten in the middle, no 1x1 after the pooling. 7,600 parameters."""
+    """Channels rebalanced, never fewer than ten in the middle, no 1x1 after the pooling. 7,600 parameters."""
 
     def __init__(self, dropout=0.05):
         super().__init__()

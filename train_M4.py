@@ -1,6 +1,6 @@
 """M4: discipline.
 
-TARGET    99.4% in each of the last five epochs on every seed: channels re-balanced, ten or more in the middle, no 1x1
+TARGET    99.4% in each of the last five epochs on every seed: channels rebalanced, ten or more in the middle, no 1x1
           convolution after the pooling.
 
 RESULT    99.56% on average over seeds 1 to 20, lowest 99.42; never below 99.42 in the last five epochs (in bfloat16).
@@ -19,7 +19,7 @@ MAX_LR = 0.05  # how far a step goes: Muon makes the singular values of an updat
 MOMENTUM = 0.95  # 0.9 did as well
 WARMUP = 0.2  # three of fifteen epochs to climb, twelve to settle
 DROPOUT = 0.02  # a network this small underfits: 0.05 cost 0.05 points with AdamW
-# Degrees, degrees, parts of the size, parts of the side: 6 degrees did as well, 10 worse.
+# Degrees, degrees, fraction of the size, fraction of the side: 6 degrees did as well, 10 did worse.
 AUGMENT = {"rotation": 8, "shear": 8, "scale": 0.08, "shift": 0.06}
 # Pixels, part of the epochs: without its border, 0.7% of the ink, an image takes a quarter less time.
 BORDER, BORDER_EPOCHS = 2, 0.4

