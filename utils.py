@@ -1,4 +1,4 @@
-"""What the four training scripts share, in the order in which a reader of `train_M4.py` meets it."""
+"""What the four training scripts share: training first, the plumbing last."""
 
 import argparse
 import contextlib
@@ -37,16 +37,16 @@ from models import renew_dropout
 # Training -------------------------------------------------------------------------------------------------
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's 60,000 training images, pixels scaled to 0..1
+LIBC = ctypes.CDLL(None) if os.name == "posix" else None  # of which glibc takes advice on memory
 
 
 def build(model_class, seed, device, *model_args):
     """Return a new `model_class(*model_args)` on `device`; the same seed gives the same weights."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library than glibc
+    if hasattr(LIBC, "mallopt"):
         # Keep freed memory: getting it from the system again, page by page, makes each step take half again as long.
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at the most that mallopt(3) allows
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-        libc.mallopt(-8, 1)  # M_ARENA_MAX: both threads use what either has freed
+        LIBC.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at the most that mallopt(3) allows
+        LIBC.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        LIBC.mallopt(-8, 1)  # M_ARENA_MAX: both threads use what either has freed
     torch.backends.cudnn.deterministic = True  # the same seed gives the same figures on a GPU, too
     torch.manual_seed(seed)
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format  # a fifth to a third faster
@@ -72,7 +72,7 @@ def train(model, average, data, optimizer, scheduler, batch_size, augment, borde
             p.data = q.data
     # With one generator per network, the figures do not depend on how many threads there are or which is first.
     seeds = torch.randint(2**62, (3,)).tolist()
-    generators = [torch.Generator(device).manual_seed(seed) for seed, _ in zip(seeds, networks, strict=False)]
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds[: len(networks)]]
     torch.manual_seed(seeds[2])  # for a GPU's dropout: the CPU's random state decides a whole run
     for network, generator in zip(networks, generators, strict=True):
         renew_dropout(network, generator)
@@ -105,9 +105,10 @@ def train(model, average, data, optimizer, scheduler, batch_size, augment, borde
                 average.update_parameters(model)
                 losses.append(loss)
                 correct.append(hits)
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back the gaps in the kept memory, which would add up
-    return torch.stack(losses).mean().item(), 100 * torch.stack(correct).double().mean().item() / batch_size, rate
+            if i % 50 == 0 and hasattr(LIBC, "malloc_trim"):
+                LIBC.malloc_trim(0)  # the gaps in the kept memory would add up
+    accuracy = 100 * torch.stack(correct).sum().item() / (len(correct) * batch_size)
+    return torch.stack(losses).mean().item(), accuracy, rate
 
 
 def evaluate(model, images, labels, batch_size=200):
@@ -187,17 +188,17 @@ class Muon(torch.optim.SGD):
         # SGD adds no momentum of its own to the convolutions: `step` adds it before it orthogonalizes.
         groups = [{"params": convolutions, "momentum": 0}, {"params": others}]
         super().__init__(groups, lr, momentum, nesterov=True)
+        self.momentum = momentum
 
     @torch.no_grad()
     def step(self):
         """Update the parameters; the gradients of the convolutions are overwritten."""
-        convolutions, others = self.param_groups
-        for p in convolutions["params"]:
+        for p in self.param_groups[0]["params"]:
             gradient = p.grad.flatten(1)
             if "velocity" not in self.state[p]:
                 self.state[p]["velocity"] = torch.zeros_like(gradient)
-            velocity = self.state[p]["velocity"].mul_(others["momentum"]).add_(gradient)
-            p.grad.copy_(orthogonalize(gradient + others["momentum"] * velocity).view_as(p))
+            velocity = self.state[p]["velocity"].mul_(self.momentum).add_(gradient)
+            p.grad.copy_(orthogonalize(gradient + self.momentum * velocity).view_as(p))
         super().step()
 
 
@@ -270,9 +271,9 @@ def load_data(args):
         print(f"{error}. Fetching MNIST.", flush=True)
         tensors = fetch(args.data_dir)
     train_images, train_labels, test_images, test_labels = tensors
-    count = len(train_labels) - args.holdout
+    count = min(len(train_labels) - args.holdout, args.limit or len(train_labels))
     if max(args.limit or 1, args.batch_size) > count:
-        raise UserError(f"--limit, --batch-size: there are only {max(count, 0):,} images to train on")
+        raise UserError(f"--holdout, --limit, --batch-size: there are only {max(count, 0):,} images to train on")
     if args.holdout:
         # One split for every seed, so that the figures of several seeds speak of the same images.
         order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0))
@@ -325,14 +326,11 @@ def find_idx_file(directory, name):
 def is_idx(content):
     """Return whether magic number, sizes and length of `content` agree: http://yann.lecun.com/exdb/mnist/"""
     sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, 4 + 4 * sum(content[3:4]), 4)]
-    return content[:3] == b"\0\0\x08" and math.prod(sizes) == len(content) - 4 - 4 * len(sizes)
+    return content[:3] == b"\0\0\x08" and min(4 + 4 * len(sizes) + math.prod(sizes), MAX_BYTES) == len(content)
 
 
 def fetch(directory):
-    """Put the four files into `directory`/MNIST/raw, whole and checked or not at all, and return their tensors.
-
-    Raises FileNotFoundError if no source gives them.
-    """
+    """Put the four files into `directory`/MNIST/raw, checked, and return their tensors. Raises FileNotFoundError."""
     raw = Path(directory) / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     torchvision = [sys.executable, "-c", "import torchvision; torchvision.datasets.MNIST('.', download=True)"]
@@ -360,16 +358,20 @@ def run_while_it_writes(command, directory):
     """Run `command` in `directory`. Raises an error if it fails, or writes nothing there for PATIENCE seconds."""
     with tempfile.TemporaryFile() as output:
         process, written = subprocess.Popen(command, cwd=directory, stdout=output, stderr=output), -1
-        while process.poll() is None:
-            before, written = written, sum(path.stat().st_size for path in Path(directory).rglob("*"))
-            if written == before:
-                process.kill()
-                raise TimeoutError(f"no answer within {PATIENCE} seconds")
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(PATIENCE)
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired, FileNotFoundError):  # a file may move meanwhile
+                    files = glob.glob(f"{directory}/**", recursive=True)
+                    before, written = written, sum(map(os.path.getsize, files)) >> 16  # what is smaller is logs
+                    if written == before:
+                        raise TimeoutError(f"no answer within {PATIENCE} seconds")
+                    process.wait(PATIENCE)
+        finally:
+            process.kill()
         output.seek(0)
         if process.returncode:
-            raise RuntimeError(" ".join(output.read().decode(errors="replace").split())[-300:])
+            text = " ".join(output.read().decode(errors="replace").split())
+            raise RuntimeError(f"{text[:200]} ... {text[-100:]}")  # npm says why first, Python last
 
 
 # Runs -----------------------------------------------------------------------------------------------------
@@ -408,18 +410,16 @@ def begin(args, seed, constants, parts):
             torch.set_rng_state(saved["random"])
         except Exception as error:  # noqa: BLE001 (somebody else's file may raise anything)
             advice = "use the same settings, another --output-dir, or --resume false"
-            raise UserError(f"cannot resume from {path}: {error}; {advice}") from None
+            reason = error if isinstance(error, UserError) else "it is no checkpoint of this program"
+            raise UserError(f"cannot resume from {path}: {reason}; {advice}") from None
         print(f"{path}: {len(history)} of {args.epochs} epochs are done.", flush=True)
         return saved["record"]
     if args.resume:
         print(f"There is no {path} to resume from: training from the first epoch.", flush=True)
-    environment = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "hardware": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    return {"config": config, "environment": environment, "history": []}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    hardware = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.machine()
+    environment = versions | {"hardware": hardware, "threads": torch.get_num_threads()}
+    return {"model": args.name, "seed": seed, "config": config, "environment": environment, "history": []}
 
 
 def seed_dir(directory, args, seed):
@@ -438,10 +438,9 @@ def end_epoch(args, record, parts, trained, tested, seconds):
         raise UserError(f"the loss is not finite in epoch {values[0]}: try a smaller --max-lr")
     record["history"].append(dict(zip(names, values, strict=True)))
     states = {name: part.state_dict() for name, part in parts.items()}
-    checkpoint = {"record": record, "random": torch.get_rng_state(), **states}
-    path = seed_dir(args.checkpoint_dir, args, record["config"]["seed"]) / "checkpoint.pt"
-    write_file(path, lambda file: torch.save(checkpoint, file))
-    line = f"seed={record['config']['seed']} " if len(args.seeds) > 1 else ""
+    path = seed_dir(args.checkpoint_dir, args, record["seed"]) / "checkpoint.pt"
+    write_file(path, lambda file: torch.save(states | {"record": record, "random": torch.get_rng_state()}, file))
+    line = f"seed={record['seed']} " if len(args.seeds) > 1 else ""
     line += "epoch={} lr={:.3g} train_loss={:.4f} train_acc={:.2f} test_loss={:.4f} test_acc={:.2f} seconds={:.1f}"
     # One string, one flushed call: a metric line must not be torn apart in a log.
     print(line.format(*values), flush=True)
@@ -449,7 +448,7 @@ def end_epoch(args, record, parts, trained, tested, seconds):
 
 def save_outputs(args, record, average):
     """Write model.pt, the averaged weights, and metrics.json of one seed."""
-    directory = seed_dir(args.output_dir, args, record["config"]["seed"])
+    directory = seed_dir(args.output_dir, args, record["seed"])
     weights = {key: value.cpu().contiguous() for key, value in average.module.state_dict().items()}
     write_file(directory / "model.pt", lambda file: torch.save(weights, file))
     accuracies = [epoch["test_acc"] for epoch in record["history"]]
@@ -457,6 +456,7 @@ def save_outputs(args, record, average):
     record["summary"] = {
         "final_test_acc": accuracies[-1],
         "last5_min": min(accuracies[-5:]),
+        "best_test_acc": max(accuracies),
         "last5_mean": statistics.mean(accuracies[-5:]),
         "train_seconds": sum(epoch["seconds"] for epoch in record["history"]),
     }
@@ -475,7 +475,7 @@ def finish(args, average, data, records):
     parameters, summaries = records[0]["parameters"], [record["summary"] for record in records]
     print(f"{args.name}: {parameters:,} parameters, trained in {args.precision}; {evaluated} accuracy in percent")
     for seed, summary in zip(args.seeds, summaries, strict=True):
-        figures = "final {:.2f}, lowest of the last five {:.2f}, their mean {:.2f}, {:.0f} s"
+        figures = "final {:.2f}, lowest of the last five {:.2f}, best {:.2f}, mean of the last five {:.2f}, {:.0f} s"
         print(f"seed {seed}: {figures.format(*summary.values())}")
     if len(summaries) > 1:
         table = {"model": args.name, "seeds": dict(zip(args.seeds, summaries, strict=True))}
@@ -486,11 +486,12 @@ def finish(args, average, data, records):
         write_file(args.output_dir / "summary.json", lambda file: file.write(json.dumps(table, indent=1).encode()))
     target = 99.4 if args.target is None else args.target
     missed = args.epochs < 5 or min(summary["last5_min"] for summary in summaries) < target
-    print(f"target, {target:g}% in each of the last five epochs: {'missed' if missed else 'met'}")
+    verdict = "not judged, there are fewer" if args.epochs < 5 else "missed" if missed else "met"
+    print(f"target, {target:g}% in each of the last five epochs: {verdict}")
     directory = seed_dir(args.output_dir, args, args.seeds[-1])
     print(f"model and metrics: {directory}\npictures: {', '.join(map(str, pictures))}")
-    options = shlex.join(["--output-dir", directory.as_posix(), "--images-dir", args.images_dir.as_posix()])
-    print(f"next: python {shlex.quote(sys.argv[0])} {options} --predict PICTURE", flush=True)
+    paths = [Path(sys.argv[0]), "--output-dir", directory, "--images-dir", args.images_dir]
+    print(f"next: python {shlex.join(str(p).replace(os.sep, '/') for p in paths)} --predict PICTURE", flush=True)
     return 3 if missed and args.target is not None else 0
 
 
@@ -512,10 +513,7 @@ def write_file(path, save):
 
 
 def load_file(path):
-    """Return what `torch.save` wrote into the file `path`: tensors and plain values, on the CPU.
-
-    Raises UserError for a file that is unreadable, damaged or more than data; no code runs.
-    """
+    """Return what `torch.save` wrote into `path`, on the CPU. Raises UserError for what is damaged or more than data."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch does not look at the checksums: a flipped bit would pass for a weight
@@ -537,7 +535,8 @@ def save_picture(path, draw, *args):
     try:
         import matplotlib.style
 
-        with matplotlib.style.context("default"):
+        with matplotlib.style.context("default"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a name in letters that the font does not have
             figure = draw(*args)
             write_file(path, figure.savefig)
     except Exception as error:  # noqa: BLE001
@@ -578,6 +577,7 @@ def plot_training(name, histories, evaluated="test"):
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_formatter("{x:g}")
     for axes in (loss, accuracy):
+        axes.set_xlim(0.5, len(epochs) + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.legend(handles=accuracy.get_lines(), loc="outside lower center", ncols=3)
@@ -594,7 +594,7 @@ def plot_confusion(name, labels, logits):
     for true, read in wrong.nonzero().tolist():
         axes.text(read, true, int(wrong[true, read]), ha="center", va="center")
     axes.set(xticks=range(10), yticks=range(10), xlabel="read as (digit)", ylabel="true (digit)")
-    axes.set_title(f"{name}: {wrong.sum()} of {len(labels):,} images misread")
+    axes.set_title(f"{name}: {wrong.sum().item():,} of {len(labels):,} images misread")
     return figure
 
 
@@ -633,7 +633,8 @@ def read_digits(args, model_class):
     for name in map(str, args.predict):
         inside = sorted(glob.glob(f"{glob.escape(name)}/*"))  # of a folder
         pictures = [file for file in inside if (mimetypes.guess_type(file)[0] or "").startswith("image")]
-        files += pictures or sorted(glob.glob(name)) or [name]  # not every shell expands *.png
+        matches = [] if os.path.exists(name) else sorted(glob.glob(name))  # not every shell expands *.png
+        files += pictures or matches or [name]
     for file in files:
         try:
             digit = prepare_digit(file)
@@ -652,10 +653,7 @@ def read_digits(args, model_class):
 
 
 def load_model(model_class, path):
-    """Return a `model_class`, in evaluation mode on the CPU, with the weights in the file `path`.
-
-    Raises UserError if the file is missing or holds another model's weights.
-    """
+    """Return a `model_class` in evaluation mode, on the CPU, with the weights in `path`. Raises UserError."""
     if not path.exists():
         raise UserError(f"there is no {path}: train first, or name the model's folder with --output-dir")
     model = model_class()
@@ -719,7 +717,7 @@ def read_picture(file):
         picture = ImageOps.exif_transpose(picture).convert("RGBA")
         picture.thumbnail((256, 256))
     except Exception as error:  # noqa: BLE001 (a damaged picture may raise anything)
-        reason = getattr(error, "strerror", None) or "not a readable picture: use JPEG or PNG, for example"
+        reason = getattr(error, "strerror", None) or f"not a readable picture, use JPEG or PNG, for example ({error})"
         raise ValueError(f"{file}: {reason}") from None
     drawn, alpha = picture.convert("L"), picture.getchannel("A")
     page = 255 if ImageStat.Stat(drawn, alpha).mean[0] < 128 else 0  # for what is drawn on nothing
@@ -728,7 +726,7 @@ def read_picture(file):
 
 # Command line and errors ----------------------------------------------------------------------------------
 
-SAGEMAKER = Path("/opt/ml")
+SAGEMAKER, YES = Path("/opt/ml"), ("true", "1", "yes", "on")
 LOCKS = []  # open descriptors of the directories that this run writes into
 
 
@@ -754,9 +752,9 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     add("--seeds", nargs="+", default=["1"], help="one full run for each seed; default: 1")
     add("--device", default="auto", help="auto (a GPU if there is one, or else the CPU), cpu, cuda, cuda:N or mps")
     add("--precision", choices=("float32", "bfloat16"), default="float32", help="of the activations in training")
-    add("--holdout", type=int, default=0, help="train without N images and test on them instead")
-    add("--limit", type=int, help="train on the first N images only")
-    resume = {"type": str.lower, "choices": ("true", "false"), "nargs": "?", "const": "true"}
+    add("--holdout", type=int, default=0, metavar="N", help="train without N images and test on them instead")
+    add("--limit", type=int, metavar="N", help="train on the first N images only")
+    resume = {"type": str.lower, "choices": (*YES, "false", "0", "no", "off"), "nargs": "?", "const": "true"}
     add("--resume", **resume, default=str(bool(checkpoints)), help="continue from the last finished epoch")
     add("--target", type=float, help="exit with 3 unless each of the last five epochs reaches it")
     add("--data-dir", type=Path, default=channel or "data", help="where MNIST is or goes; default: data")
@@ -765,27 +763,28 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     add("--checkpoint-dir", type=Path, default=checkpoints, help="for what --resume needs; default: the output dir")
     images = env("SM_OUTPUT_DATA_DIR") or "images"
     add("--images-dir", type=Path, default=images, help="for the plots; default: images")
-    add("--predict", type=Path, nargs="+", help="read the digits in these pictures, or folders, with the trained model")
+    add("--predict", type=Path, nargs="+", metavar="PICTURE", help="read the digits in these pictures or folders")
     add("--_tuning_objective_metric", help=argparse.SUPPRESS)
     # SageMaker passes hyperparameters as the launcher spelled them, batch_size as well as batch-size.
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args([re.sub("^--[a-z][^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv])
 
-    for option, low in (("epochs", 1), ("batch_size", 1), ("max_lr", 1e-9), ("holdout", 0), ("limit", 1)):
+    minima = {"epochs": 1, "batch_size": 1, "max_lr": 1e-9, "holdout": 0, "limit": 1, "target": 0}
+    for option, low in minima.items():
         number = getattr(args, option)
         if number is not None and not low <= number <= 1e6:
             parser.error(f"argument --{option.replace('_', '-')}: must be from {low} to a million, not {number}")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         args.device = torch.device(auto if args.device == "auto" else args.device)
-        torch.empty(0, device=args.device)  # is it there?
+        torch.Generator(args.device)  # is it there?
     except Exception as error:  # noqa: BLE001
         parser.error(f"argument --device: {error}")
     seeds = " ".join(args.seeds).strip("[]").replace(",", " ").split()  # SageMaker's lists are one string
-    if not all(s.isdecimal() and int(s) < 2**63 for s in seeds) or not 0 < len(seeds) == len(set(seeds)):
+    args.seeds = [int(seed) for seed in seeds if seed.isdecimal() and int(seed) < 2**63]
+    if not 0 < len(seeds) == len(set(args.seeds)):
         parser.error("argument --seeds: give one or more whole numbers, each once")
-    args.seeds = [int(seed) for seed in seeds]
-    args.name, args.resume = name, args.resume == "true"
+    args.name, args.resume = name, args.resume in YES
     args.read_only_data = bool(channel) and args.data_dir.resolve() == Path(channel).resolve()
     args.checkpoint_dir = args.checkpoint_dir or args.output_dir
     if not args.predict:
@@ -793,21 +792,23 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
             directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):  # better found now than after the training
                 pass
-        for directory in {args.output_dir.resolve(), args.checkpoint_dir.resolve()}:
-            lock(directory)
+        lock(args.output_dir.resolve(), args.checkpoint_dir.resolve())
     return args
 
 
-def lock(directory):
-    """Keep other runs out of `directory` until `run` ends. Raises UserError if one is there."""
+def lock(*directories):
+    """Keep other runs out of `directories` until the next call. Raises UserError if one is there."""
+    while LOCKS:
+        os.close(LOCKS.pop())
     with contextlib.suppress(ImportError, OSError):  # on Windows, and on file systems without locks
         import fcntl
 
-        LOCKS.append(os.open(directory, os.O_RDONLY))
-        try:
-            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing into {directory}: wait, or use another directory") from None
+        for directory in set(directories):
+            LOCKS.append(os.open(directory, os.O_RDONLY))
+            try:
+                fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run is writing into {directory}: wait, or use another directory") from None
 
 
 def run(main):
@@ -823,18 +824,17 @@ def run(main):
     except (UserError, OSError) as error:
         status = fail(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
             raise
         status = fail("there is not enough memory: try a smaller --batch-size")
     except (KeyboardInterrupt, SystemExit) as stop:
         status = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
-        if status in (130, 143) and "--predict" not in sys.argv:
+        if status in (130, 143) and not any(arg.startswith("--predict") for arg in sys.argv):
             command = shlex.join(["python", *sys.argv, "--resume", "true"])  # the last --resume counts
             print(f"\nStopped. Finished epochs are kept; continue with: {command}", file=sys.stderr, flush=True)
     finally:
         signal.signal(signal.SIGTERM, before)
-        while LOCKS:
-            os.close(LOCKS.pop())
+        lock()
     sys.exit(status)
 
 
@@ -844,7 +844,7 @@ def fail(error):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail, too
     line = "error: " + " ".join(str(error).split())
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
         if (SAGEMAKER / "output").is_dir():
-            (SAGEMAKER / "output" / "failure").write_text(line[:1024])
+            (SAGEMAKER / "output" / "failure").write_bytes(line.encode(errors="replace")[:1024])
+        print(line, file=sys.stderr, flush=True)
     return 2

@@ -10,6 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 import train_M4
 import utils
 
@@ -25,6 +27,11 @@ ROWS = {
 }
 
 
+def constant(optimizer, *_):
+    """Return a schedule that leaves the rate as it is."""
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
@@ -34,7 +41,7 @@ def main():
     recipe, one_cycle = {key: getattr(train_M4, key) for row in ROWS.values() for key in row}, utils.one_cycle
     for row in rows:
         vars(train_M4).update(recipe | ROWS[row])
-        utils.one_cycle = (lambda *_: None) if "OneCycle" in row else one_cycle
+        utils.one_cycle = constant if "OneCycle" in row else one_cycle
         directory = f"runs/ablation/{row}"
         options = ["--holdout", "10000", "--seeds", "11", "12", "13", "14", "--resume"]
         options += ["--output-dir", directory, "--images-dir", directory]

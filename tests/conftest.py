@@ -30,15 +30,8 @@ PRELOADED = ["pytest", "torch", "torchvision.datasets.mnist", "matplotlib.figure
 # Seven segments: top, upper left, upper right, middle, lower left, lower right, bottom.
 SEGMENTS = ["1110111", "0010010", "1011101", "1011011", "0111010"]
 SEGMENTS += ["1101011", "1101111", "1010010", "1111111", "1111011"]
-BOXES = (
-    (4, 6, 8, 20),
-    (4, 15, 8, 10),
-    (4, 15, 18, 20),
-    (13, 15, 8, 20),
-    (13, 24, 8, 10),
-    (13, 24, 18, 20),
-    (22, 24, 8, 20),
-)
+BOXES = [(4, 6, 8, 20), (4, 15, 8, 10), (4, 15, 18, 20), (13, 15, 8, 20)]
+BOXES += [(13, 24, 8, 10), (13, 24, 18, 20), (22, 24, 8, 20)]
 
 
 def draw_digits(count, seed):

@@ -1,10 +1,9 @@
 """Print the README's tables and draw its pictures from finished runs: python tests/figures.py
 
-reads   runs/Mx/seed-S/metrics.json and model.pt of `python train_Mx.py --seeds 1 2 3 4 5`, and the runs of
-        tests/ablation.py below runs/ablation
+reads   runs/Mx/seed-S/metrics.json of `python train_Mx.py --seeds 1 2 3 4 5`, and the runs of tests/ablation.py below
+        runs/ablation
 writes  images/ladder.png, images/augmentation.png, images/ablation.png
-prints  Markdown tables of results and ablation, how many of M4's errors the seeds share, and how it reads digits that
-        are pictures of their own
+prints  Markdown tables of results and ablation
 """
 
 import argparse
@@ -31,8 +30,8 @@ def read_metrics(directory):
     """Return the content of every metrics.json one level below `directory`, by seed."""
     runs = [json.loads(path.read_text()) for path in directory.glob("seed-*/metrics.json")]
     if len({json.dumps(run["config"] | {"seed": 0}) for run in runs}) > 1:
-        sys.exit(f"error: the runs in {directory} were made with different settings")
-    return sorted(runs, key=lambda run: run["config"]["seed"])
+        raise utils.UserError(f"the runs in {directory} were made with different settings")
+    return sorted(runs, key=lambda run: run["seed"])
 
 
 def row(*cells):
@@ -46,31 +45,15 @@ def header(*cells):
 
 
 def print_results(runs):
-    header(
-        "model",
-        "parameters",
-        "final: mean ± std",
-        "lowest final",
-        "lowest of all last-five epochs",
-        "training accuracy",
-        "time",
-        "exercise, best epoch",
-    )
+    columns = ("model", "parameters", "final: mean ± std", "lowest final", "lowest of all last-five epochs", "time")
+    header(*columns, "exercise, best epoch")
     for name, results in runs.items():
         summaries = [run["summary"] for run in results]
         final = [s["final_test_acc"] for s in summaries]
-        train = statistics.mean(run["history"][-1]["train_acc"] for run in results)
-        seconds = statistics.median(s["train_seconds"] for s in summaries)
-        row(
-            name,
-            f"{results[0]['parameters']:,}",
-            f"{statistics.mean(final):.3f} ± {statistics.stdev(final):.3f}",
-            f"{min(final):.2f}",
-            f"{min(s['last5_min'] for s in summaries):.2f}",
-            f"{train:.2f}",
-            f"{seconds:.0f} s",
-            EXERCISE[name],
-        )
+        spread = f"{statistics.mean(final):.3f} ± {statistics.stdev(final):.3f}"
+        lowest = f"{min(s['last5_min'] for s in summaries):.2f}"
+        seconds = f"{statistics.median(s['train_seconds'] for s in summaries):.0f} s"
+        row(name, f"{results[0]['parameters']:,}", spread, f"{min(final):.2f}", lowest, seconds, EXERCISE[name])
 
 
 def draw_ladder(runs):
@@ -130,17 +113,6 @@ def print_ablation(rows):
         row(name, f"{statistics.mean(final):.3f} ± {statistics.stdev(final):.3f}", f"{low:.2f}", f"{loss:.4f}")
 
 
-def print_shared_errors(directory, images, labels):
-    """Print how many test images one, several or all of the seeds of M4 get wrong."""
-    paths = sorted(directory.glob("seed-*/model.pt"))
-    wrong = [
-        utils.evaluate(utils.load_model(NETWORKS["M4"], path), images, labels)[2].argmax(1) != labels for path in paths
-    ]
-    by_count = torch.stack(wrong).sum(0).bincount(minlength=len(wrong) + 1).tolist()
-    print(f"\nTest images that n of the {len(wrong)} M4 get wrong: ", end="")
-    print(", ".join(f"{count} by {n}" for n, count in enumerate(by_count) if n))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
@@ -151,12 +123,11 @@ def main():
     missing = [name for name, results in runs.items() if len(results) < 2]
     if missing:
         commands = ", ".join(f"python train_{name}.py --seeds 1 2 3 4 5" for name in missing)
-        sys.exit(f"error: there are no finished runs of {', '.join(missing)} in {args.runs}; make them with {commands}")
-    train_images, _, test_images, test_labels = utils.read_idx_files(args.data_dir)
+        raise utils.UserError(f"{args.runs} needs two seeds or more of {', '.join(missing)}: {commands}")
+    train_images = utils.read_idx_files(args.data_dir)[0]
     print_results(runs)
     utils.save_picture(args.images_dir / "ladder.png", draw_ladder, runs)
     utils.save_picture(args.images_dir / "augmentation.png", draw_augmentation, train_images)
-    print_shared_errors(args.runs / "M4", test_images, test_labels)
     rows = {path.name[2:].replace("-", " "): read_metrics(path) for path in sorted(args.runs.glob("ablation/*"))}
     rows = {name: results for name, results in rows.items() if len(results) > 1}
     if rows:
@@ -165,4 +136,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    utils.run(main)

@@ -1,6 +1,7 @@
 """Augmentation, optimizer, schedule, average, and what an epoch of training and an evaluation do."""
 
 import copy
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -26,11 +27,6 @@ def fixed_draw(monkeypatch, *values):
     """Let the five random numbers of an image be `values`, each from -1 to 1."""
     fixed = (torch.tensor(values) + 1).div(2).view(5, 1)
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: fixed.expand(shape))
-
-
-def test_no_strength_is_the_identity():
-    pixels = torch.rand(5, 1, 28, 28)
-    assert torch.allclose(utils.augment_batch(pixels, **NONE), pixels, atol=1e-5)
 
 
 @pytest.mark.parametrize("limit", [{"rotation": 20}, {"shear": 20}, {"scale": 0.3}, {"shift": 0.2}])
@@ -253,9 +249,20 @@ def test_evaluation_is_exact_and_never_augmented(monkeypatch):
     assert accuracy == pytest.approx(100 * (whole.argmax(1) == labels).double().mean().item())
 
 
+def test_evaluation_gives_each_part_a_thread_of_its_own():
+    model, threads, before = models.MNIST_CNN_M4(), set(), torch.get_num_threads()
+    model.register_forward_pre_hook(lambda *_: threads.add((threading.get_ident(), torch.get_num_threads())))
+    torch.set_num_threads(2)
+    try:
+        utils.evaluate(model, *draw_digits(200, 1), batch_size=10)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert {count for _, count in threads} == {1} and threading.get_ident() not in dict(threads)
+
+
 def test_the_settings_for_freed_memory_are_such_as_every_c_library_takes(monkeypatch):
     settings = {}
-    library = SimpleNamespace(mallopt=settings.__setitem__)
-    monkeypatch.setattr(utils.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(utils, "LIBC", SimpleNamespace(mallopt=settings.__setitem__))
     utils.build(models.MNIST_CNN_M1, 1, torch.device("cpu"))
     assert 1 << 20 < settings[-3] <= 32 << 20  # M_MMAP_THRESHOLD: the maximum that mallopt(3) names
