@@ -127,10 +127,11 @@ def run_script(sums, data_dir, tmp_path):
 
     start: what starts the process, given what `subprocess.run` takes. Without it the process is, on Linux, a fork of
     one that has imported PRELOADED: to import that anew takes most of the time of a run so short. before: code to run
-    in the process first. Upper-case keywords are environment variables.
+    in the process first. pictures: draw them, which takes longer than such a run does. Upper-case keywords are
+    environment variables.
     """
 
-    def run(script, *options, data=data_dir, output="out", start=None, before="", **environment):
+    def run(script, *options, data=data_dir, output="out", start=None, before="", pictures=False, **environment):
         env = {name: value for name, value in os.environ.items() if not name.startswith("SM_")}
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         env |= {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", **environment}
@@ -139,7 +140,8 @@ def run_script(sums, data_dir, tmp_path):
         argv += ["--output-dir", str(out), "--images-dir", str(out / "images"), *options]
         count = len(list(tmp_path.glob("start-*.py")))
         code = tmp_path / f"start-{count}.py"
-        lines = ("import runpy, sys, utils", f"utils.MD5 = {sums!r}", "sys.argv = sys.argv[1:]", before)
+        none = "" if pictures else "utils.save_picture = lambda *args: None"
+        lines = ("import runpy, sys, utils", f"utils.MD5 = {sums!r}", "sys.argv = sys.argv[1:]", none, before)
         code.write_text("\n".join((*lines, "runpy.run_path(sys.argv[0], run_name='__main__')")))
         if start or sys.platform != "linux":
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -115,7 +115,7 @@ def test_predict_answers_every_file(run_script, tmp_path):
     model = models.MNIST_CNN_M2()
     torch.save(model.state_dict(), tmp_path / "out" / "model.pt")
     (tmp_path / "bad.png").write_text("")
-    done = run_script("train_M2.py", "--predict", str(three), str(tmp_path / "bad.png"), str(two))
+    done = run_script("train_M2.py", "--predict", str(three), str(tmp_path / "bad.png"), str(two), pictures=True)
     refused(done, "bad.png")
     lines = [line for line in done.stdout.splitlines() if "sure" in line]
     logits = model.eval()(utils.normalize(utils.prepare_digit(three) / 255))
@@ -138,6 +138,6 @@ def test_predict_takes_folders_patterns_and_names_that_are_no_text(run_script, t
     for name in ("a[1].jpg", "a1.jpg"):
         draw(folder / name)
     for paths, count in ((folder, 5), (folder / "*.png", 3), (folder / "a[1].jpg", 1)):
-        done = run_script("train_M1.py", "--predict", str(paths))
+        done = run_script("train_M1.py", "--predict", str(paths), pictures=True)
         assert done.returncode == 0 and done.stdout.count("sure") == count and words in done.stdout, done.stderr
     assert "a[1].jpg: " in done.stdout and done.stderr == ""

@@ -150,7 +150,7 @@ def test_full_disk_keeps_what_was_there(run_script, tmp_path):
 
 def test_a_picture_that_fails_costs_a_message_and_not_the_results(run_script, tmp_path):
     broken = "def fail(*args): raise ValueError('no ink')\nutils.plot_confusion = fail"
-    done = run_script("train_M1.py", "--epochs", "1", before=broken)
+    done = run_script("train_M1.py", "--epochs", "1", before=broken, pictures=True)
     assert done.returncode == 0 and "M1_confusion.png could not be drawn: no ink" in done.stderr
     assert "next: python" in done.stdout and (tmp_path / "out" / "images" / "M1_misclassified.png").exists()
 

@@ -26,7 +26,7 @@ def test_script_learns_and_leaves_what_it_should(name, run_script, tmp_path):
         (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: NoSuchFont\n")
         settings = {"MPLBACKEND": "module://not_there.backend_inline", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
         settings["start"] = subprocess.run
-    done = run_script(f"train_{name}.py", "--epochs", "5", "--batch_size", "10", **settings)
+    done = run_script(f"train_{name}.py", "--epochs", "5", "--batch_size", "10", pictures=True, **settings)
     assert done.returncode == 0 and done.stderr == ""
     lines = done.stdout.splitlines()
     assert [bool(re.fullmatch(LINE, line)) for line in lines[:6]] == [True] * 5 + [False]
@@ -204,5 +204,5 @@ def test_two_scripts_differ_in_model_recipe_and_docstring_only():
 
 def test_names_that_cannot_be_shown_are_shown_otherwise(run_script, tmp_path):
     narrow = "sys.stdout.reconfigure(encoding='cp1252', errors='strict')"
-    done = run_script("train_M1.py", "--epochs", "1", output="\u6570\u5b57", before=narrow)
+    done = run_script("train_M1.py", "--epochs", "1", output="\u6570\u5b57", before=narrow, pictures=True)
     assert done.returncode == 0 and done.stderr == "" and r"\u6570\u5b57" in done.stdout
