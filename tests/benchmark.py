@@ -10,7 +10,6 @@ scaled to a whole epoch (60,000 images, and 10,000 to evaluate). The three alter
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -38,7 +37,7 @@ def timed(work, *args):
     return time.perf_counter() - start
 
 
-def usual(images, batch_size, precision, data_dir):
+def usual(images, batch_size, data_dir):
     from torchvision import datasets, transforms
 
     models.Dropout = nn.Dropout
@@ -75,7 +74,7 @@ def usual(images, batch_size, precision, data_dir):
     return seconds + timed(test, loader(False, images // 6, normalize))
 
 
-def ours(images, batch_size, precision, data_dir):
+def ours(images, batch_size, data_dir):
     data = utils.Data(*(part[:images].to(CPU) for part in utils.read_idx_files(data_dir)))
     model = utils.build(models.MNIST_CNN_M4, 1, CPU, train_M4.DROPOUT)
     average = utils.weight_average(model, train_M4.AVERAGE_DECAY)
@@ -84,7 +83,7 @@ def ours(images, batch_size, precision, data_dir):
 
     def train(data, border):
         parts = (model, average, data, optimizer, scheduler, batch_size, train_M4.AUGMENT)
-        utils.train(*parts, border, precision)
+        utils.train(*parts, border, "float32")
 
     train(utils.Data(*(part[: WARM_UP * batch_size] for part in data)), 0)
     small, whole = timed(train, data, train_M4.BORDER), timed(train, data, 0)
@@ -92,7 +91,7 @@ def ours(images, batch_size, precision, data_dir):
     return seconds + timed(utils.evaluate, average, data.test_images[: images // 6], data.test_labels[: images // 6])
 
 
-def floor(images, batch_size, precision, data_dir):
+def floor(images, batch_size, data_dir):
     model = utils.build(models.MNIST_CNN_M4, 1, CPU, 0.0).train()
     optimizer = torch.optim.AdamW(model.parameters(), 0.001, fused=True)
     pixels, labels = torch.randn(batch_size, 1, 28, 28), torch.randint(10, (batch_size,))
@@ -107,28 +106,18 @@ def floor(images, batch_size, precision, data_dir):
     return timed(train, images // batch_size)
 
 
-def peak_memory():
-    """Return the peak of this process's resident memory in MB, or NaN on Windows."""
-    try:
-        import resource
-    except ImportError:
-        return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=int, default=30_000, help="training images per measurement (30000)")
     parser.add_argument("--batch-size", type=int, default=train_M4.BATCH_SIZE)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each (5)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of ours")
     parser.add_argument("--pipeline", choices=("usual", "ours", "floor"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.pipeline:
         pipeline = {"usual": usual, "ours": ours, "floor": floor}[args.pipeline]
-        seconds = pipeline(args.images, args.batch_size, args.precision, args.data_dir) * 60_000 / args.images
-        print(json.dumps([seconds, peak_memory()]))
+        seconds = pipeline(args.images, args.batch_size, args.data_dir) * 60_000 / args.images
+        print(seconds)
         return
     utils.read_idx_files(args.data_dir)
     runs = {"usual": [], "ours": [], "floor": []}
@@ -136,14 +125,13 @@ def main():
         for pipeline, results in runs.items():
             command = [sys.executable, __file__, "--pipeline", pipeline, *sys.argv[1:]]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            results.append(json.loads(done.stdout))
-    medians = {pipeline: [statistics.median(column) for column in zip(*results)] for pipeline, results in runs.items()}
-    first, last = medians["usual"][0], medians["floor"][0]
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch_size}, {args.precision}\n")
-    print("| pipeline | seconds per epoch | speedup over usual | time relative to floor | peak memory, MB |")
-    print("|---|---|---|---|---|")
-    for pipeline, (seconds, memory) in medians.items():
-        print(f"| {pipeline} | {seconds:.1f} | {first / seconds:.2f} | {seconds / last:.2f} | {memory:.0f} |")
+            results.append(float(done.stdout))
+    medians = {pipeline: statistics.median(results) for pipeline, results in runs.items()}
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch_size}\n")
+    print("| pipeline | seconds per epoch | speedup over usual | time relative to floor |")
+    print("|---|---|---|---|")
+    for pipeline, seconds in medians.items():
+        print(f"| {pipeline} | {seconds:.1f} | {medians['usual'] / seconds:.2f} | {seconds / medians['floor']:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Print the README's tables and draw its pictures from finished runs: python tests/figures.py
+"""Print the README's tables and draw its pictures from tests/results.csv: python tests/figures.py
 
-reads   runs/Mx/seed-S/metrics.json of `python train_Mx.py --seeds 1 2 3 4 5`, and the runs of tests/ablation.py below
-        runs/ablation
-writes  images/ladder.png, images/augmentation.png, images/ablation.png
-prints  Markdown tables of results and ablation
+With `--runs runs` the file is first made anew from the finished runs in runs/M1/seed-1 and so on, and from those of
+tests/ablation.py in runs/ablation. With `--digits runs/M4/model.pt` M4 also reads pictures made of MNIST's test images.
 """
 
 import argparse
+import csv
+import io
 import json
+import platform
+import random
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -15,71 +18,149 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from ablation import LENGTHS, NETWORKS, PARTS, ROWS, WHOLE, directory
+from PIL import Image, ImageDraw, ImageOps
 
 import models
 import train_M4
 import utils
 
-NETWORKS = {name: getattr(models, f"MNIST_CNN_{name}") for name in ("M1", "M2", "M3", "M4")}
+RESULTS = Path(__file__).with_name("results.csv")
+COLUMNS = ("run", "seed", "epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds")
+LADDER = ("M1", "M2", "M3", "M4")
+GROUPS = {"M4": PARTS, "network, M4's recipe": (*NETWORKS, WHOLE), "M4, length": (*LENGTHS, WHOLE)}
+KINDS = ("on its own page", "sheet on a desk", "cut to its ink", "at one border", "small", "two digits", "no digit")
 EXERCISE = {"M1": 98.95, "M2": 98.72, "M3": 99.27, "M4": 99.53}  # best epochs of one run each
 # Okabe and Ito's palette.
 COLORS = {"M1": "#E69F00", "M2": "#009E73", "M3": "#CC79A7", "M4": "#0072B2"}
 
 
-def read_metrics(directory):
-    """Return the content of every metrics.json one level below `directory`, by seed."""
-    runs = [json.loads(path.read_text()) for path in directory.glob("seed-*/metrics.json")]
-    if len({json.dumps(run["config"] | {"seed": 0}) for run in runs}) > 1:
-        raise utils.UserError(f"the runs in {directory} were made with different settings")
-    return sorted(runs, key=lambda run: run["seed"])
+def write_results(runs, path):
+    """Write every epoch of the finished runs below `runs` to the CSV file `path`, under the versions they ran with."""
+    lines, environments = [",".join(COLUMNS)], set()
+    for run in (*LADDER, *ROWS):
+        place = runs / run if run in LADDER else runs / "ablation" / directory(run)
+        records = [json.loads(file.read_text()) for file in place.glob("seed-*/metrics.json")]
+        if len({json.dumps(record["config"] | {"seed": 0}) for record in records}) > 1:
+            raise utils.UserError(f"the runs in {place} were made with different settings")
+        for record in sorted(records, key=lambda record: record["seed"]):
+            environments.add(" ".join(f"{key}={value}" for key, value in record["environment"].items()))
+            for epoch in record["history"]:
+                cells = run, record["seed"], *(epoch[column] for column in COLUMNS[2:])
+                lines.append(",".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells))
+    if len(lines) == 1:
+        raise utils.UserError(f"there is no finished run below {runs}: python train_M1.py --seeds 1 2 3 4 5, and so on")
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    notes = [f"# {environment}" for environment in sorted(environments)]
+    notes.append(f"# made on {processor[1] if processor else platform.processor()}")
+    utils.write_file(path, lambda file: file.write("\n".join([*notes, *lines, ""]).encode()))
 
 
-def row(*cells):
-    print(f"| {' | '.join(map(str, cells))} |")
+def read_results(path):
+    """Return run -> seed -> list of epochs, each a dictionary of numbers."""
+    runs = {}
+    for cells in csv.DictReader(line for line in path.read_text().splitlines() if line[0] != "#"):
+        history = runs.setdefault(cells.pop("run"), {}).setdefault(int(cells.pop("seed")), [])
+        history.append({key: float(value) for key, value in cells.items()})
+    return runs
 
 
-def header(*cells):
-    print()
-    row(*cells)
-    row(*["---"] * len(cells))
+def last(histories, key="test_acc"):
+    return torch.tensor([history[-1][key] for history in histories.values()])
+
+
+def lowest(histories):
+    """Return the lowest test accuracy in the last five epochs of any seed, as text."""
+    return f"{min(epoch['test_acc'] for history in histories.values() for epoch in history[-5:]):.2f}"
 
 
 def spread(values):
     """Return mean and standard deviation of `values` as text for a table."""
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+    return f"{values.mean():.3f} ± {values.std():.3f}"
 
 
-def print_results(runs):
-    columns = ("model", "parameters", "final: mean ± std", "lowest final", "lowest of all last-five epochs", "time")
-    header(*columns, "exercise, best epoch")
-    for name, results in runs.items():
-        summaries = [run["summary"] for run in results]
-        final = [s["final_test_acc"] for s in summaries]
-        lowest = f"{min(s['last5_min'] for s in summaries):.2f}"
-        seconds = f"{statistics.median(s['train_seconds'] for s in summaries):.0f} s"
-        row(name, f"{results[0]['parameters']:,}", spread(final), f"{min(final):.2f}", lowest, seconds, EXERCISE[name])
+def parameters(name):
+    return sum(p.numel() for p in getattr(models, f"MNIST_CNN_{name}")().parameters())
+
+
+def print_table(*rows):
+    print()
+    for cells in (rows[0], ["---"] * len(rows[0]), *rows[1:]):
+        print(f"| {' | '.join(cells)} |")
+
+
+def print_ladder(runs):
+    rows = [("model", "parameters", "seeds", "final: mean ± std", "lowest final", "lowest of all last-five epochs")]
+    rows[0] += ("minutes", "exercise, best epoch")
+    for name in (name for name in LADDER if name in runs):
+        scores = last(runs[name])
+        minutes = statistics.median(sum(epoch["seconds"] for epoch in run) for run in runs[name].values()) / 60
+        cells = (name, f"{parameters(name):,}", str(len(scores)), spread(scores), f"{scores.min():.2f}")
+        rows.append((*cells, lowest(runs[name]), f"{minutes:.1f}", f"{EXERCISE[name]:.2f}"))
+    print_table(*rows)
+
+
+def print_ablation(runs):
+    for title, rows in GROUPS.items():
+        table = [(title, "final: mean ± std", "difference", "difference in loss", "lowest of all last-five epochs")]
+        for row in (row for row in rows if row in runs):
+            cells = [label(row, title), spread(last(runs[row]))]
+            for key, digits in (("test_acc", 3), ("test_loss", 4)):
+                pairs = [(runs[row][seed][-1][key], runs[WHOLE][seed][-1][key]) for seed in runs[row]]
+                values = torch.tensor([one - other for one, other in pairs])
+                error = values.std() / len(values) ** 0.5
+                cells.append("" if row == WHOLE else f"{values.mean():+.{digits}f} ± {error:.{digits}f}")
+            table.append((*cells, lowest(runs[row])))
+        if len(table) > 1:
+            print_table(*table)
+
+
+def label(row, title):
+    """Return how a row is called in the table or panel `title`."""
+    whole = {"M4": WHOLE, "network, M4's recipe": "M4", "M4, length": "15 epochs"}[title]
+    return whole if row == WHOLE else row.partition(" with M4")[0]
 
 
 def draw_ladder(runs):
     """Return a figure of test accuracy by epoch beside the final accuracy by parameters: means and ranges."""
     figure = utils.new_figure(10, 4.4)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    for name, results in runs.items():
-        scores = torch.tensor([[epoch["test_acc"] for epoch in run["history"]] for run in results])
+    for name in (name for name in LADDER if name in runs):
+        scores = torch.tensor([[epoch["test_acc"] for epoch in history] for history in runs[name].values()])
         epochs, color = range(1, scores.shape[1] + 1), COLORS[name]
         utils.plot_mean_and_range(left, epochs, scores, color, label=name, marker="o", markersize=3)
-        final, parameters = scores[:, -1], results[0]["parameters"]
+        final, count = scores[:, -1], parameters(name)
         bars = [[final.mean() - final.min()], [final.max() - final.mean()]]
-        right.errorbar(parameters, final.mean(), bars, color=color, marker="o", capsize=4)
+        right.errorbar(count, final.mean(), bars, color=color, marker="o", capsize=4)
         # M3 and M4 stand so close that one name goes to the right and one to the left.
         beside = (-26, -4) if name == "M4" else (9, -4)
-        right.annotate(name, (parameters, final.mean()), beside, textcoords="offset points", color=color)
+        right.annotate(name, (count, final.mean()), beside, textcoords="offset points", color=color)
     for axes in (left, right):
         axes.axhline(99.4, color="black", linestyle="--", linewidth=1, label="target, 99.4%")
         axes.grid(alpha=0.3)
     left.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(97.5, 99.8), title="by epoch")
     right.set(xlabel="parameters", xlim=(3500, 8500), title="last epoch")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def draw_ablation(runs):
+    """Return a figure of the final holdout accuracy, seed by seed, and its mean, a panel for each table."""
+    figure = utils.new_figure(10, 4.2)
+    for axes, (title, rows) in zip(figure.subplots(1, 3, width_ratios=(3, 2, 2)), GROUPS.items(), strict=True):
+        rows = [row for row in rows if row in runs]
+        for place, row in enumerate(rows):
+            scores = last(runs[row])
+            axes.plot(scores, [place] * len(scores), "o", color=utils.BLUE, alpha=0.5, label="one seed")
+            mean = {"color": utils.ORANGE, "markersize": 18, "markeredgewidth": 3, "label": "mean"}
+            axes.plot(scores.mean(), place, "|", **mean)
+        names = [label(row, title) for row in rows]
+        axes.set(yticks=range(len(rows)), yticklabels=names, title=title, xlabel="final accuracy (%)")
+        axes.invert_yaxis()
+        axes.grid(alpha=0.3)
+        axes.margins(y=0.15)
+    figure.legend(handles=axes.get_lines()[:2], loc="outside lower center", ncols=2)
     return figure
 
 
@@ -91,52 +172,109 @@ def draw_augmentation(images):
     return utils.plot_digits("Five training digits and nine draws of each", digits, ["original", *[""] * 9] * 5)
 
 
-def draw_ablation(rows):
-    """Return a figure of the final holdout accuracy of each seed, and their mean, for each row of the ablation."""
-    figure = utils.new_figure(8, 0.5 * len(rows) + 1.4)
-    axes = figure.subplots()
-    for place, results in enumerate(rows.values()):
-        final = [run["summary"]["final_test_acc"] for run in results]
-        axes.plot(final, [place] * len(final), "o", color=utils.BLUE, alpha=0.5, label="one seed")
-        mean = {"color": utils.ORANGE, "markersize": 22, "markeredgewidth": 3, "label": "mean"}
-        axes.plot(statistics.mean(final), place, "|", **mean)
-    axes.set(yticks=range(len(rows)), yticklabels=rows, xlabel="final accuracy on the 10,000 held-out images (%)")
-    axes.invert_yaxis()
-    axes.grid(alpha=0.3)
-    axes.margins(y=0.15)
-    figure.legend(handles=axes.get_lines()[:2], loc="outside lower center", ncols=2)
-    return figure
+def ink(digit, side):
+    """Return a digit cut to its ink, the longer side `side` pixels."""
+    digit = digit.crop(digit.getbbox())
+    return digit.resize([max(1, round(side * length / max(digit.size))) for length in digit.size])
 
 
-def print_ablation(rows):
-    header("M4", "final: mean ± std", "lowest of all last-five epochs", "final loss")
-    for name, results in rows.items():
-        final = [run["summary"]["final_test_acc"] for run in results]
-        low = min(run["summary"]["last5_min"] for run in results)
-        loss = statistics.mean(run["history"][-1]["test_loss"] for run in results)
-        row(name, spread(final), f"{low:.2f}", f"{loss:.4f}")
+def put(digit, size, chance, paper=0, pen=255):
+    """Return a page with the digit somewhere on it."""
+    page = Image.new("L", size, paper)
+    page.paste(pen, [chance.randint(0, whole - part) for whole, part in zip(size, digit.size, strict=True)], digit)
+    return page
+
+
+def draw_picture(kind, digit, other, chance):
+    """Return a picture of one of the KINDS."""
+    side, width, height = (chance.randint(*limits) for limits in ((30, 200), (200, 400), (200, 400)))
+    mark, page, pen_width = ink(digit, side), Image.new("L", (width, height)), chance.randint(2, 20)
+    if kind == "on its own page":
+        return put(digit.resize((side, side)), [side + width, side + height], chance)
+    if kind == "cut to its ink":
+        return mark
+    if kind == "at one border":
+        margins = [0, *(chance.randint(side // 5, side) for _ in range(3))]
+        return ImageOps.expand(mark, tuple(chance.sample(margins, 4)))
+    if kind == "small":  # a twentieth to a fifth of the longer side
+        small = ink(digit, chance.randint(24, 60))
+        page = put(small, [max(small.size) * chance.randint(4, 18) for _ in range(2)], chance)
+        return ImageOps.expand(page, max(small.size) // 2)
+    if kind == "two digits":
+        two = ink(other, round(side * chance.uniform(0.8, 1.2)))
+        both = Image.new("L", (mark.width + two.width + chance.randint(side // 10, side), 2 * side))
+        both.paste(mark)
+        both.paste(two, (both.width - two.width, chance.randint(0, side // 4)))
+        return ImageOps.expand(both, side // 2)
+    if kind == "sheet on a desk":  # or with a frame, or below a dark bar
+        paper, desk = chance.randint(150, 220), chance.choice([chance.randint(0, 100), 255])
+        page = put(ink(digit, chance.randint(60, 130)), (width, height), chance, paper, chance.randint(0, 80))
+        page, margins = ImageOps.expand(page, 60, paper), [chance.randint(20, 90) for _ in range(4)]
+        if chance.random() < 0.3:
+            page = page.rotate(chance.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True, fillcolor=desk)
+        else:
+            seen = [margin * (chance.random() < 0.5) for margin in margins]
+            margins = chance.choice([seen, seen, (0, 30, 0, 0), (2,) * 4, (20,) * 4])
+        return ImageOps.expand(page, tuple(margins), desk)
+    # No digit: a frame, a disc, a block, stripes, noise or an empty page.
+    number, edge, pen = chance.randint(0, 5), chance.uniform(0.05, 0.3), ImageDraw.Draw(page)
+    box = (edge * width, edge * height, (1 - edge) * width, (1 - edge) * height)
+    if number < 3:
+        (pen.ellipse if number == 1 else pen.rectangle)(box, 255 if number else None, 255, pen_width)
+    for x in range(0, width if number == 3 else 0, 2 * pen_width):
+        pen.rectangle((x, 0, x + pen_width, height), 255)
+    grain = Image.frombytes("L", page.size, chance.randbytes(width * height))
+    return Image.blend(page, grain, 0.5 if number == 4 else 0.03)
+
+
+def print_digits(path, test_images, labels, count):
+    """Print how the M4 in `path` reads pictures made of the first `count` test images."""
+    model, rows = (
+        models.MNIST_CNN_M4().eval(),
+        [(f"pictures, {count:,} each", "right", "refused", "wrong, over 90% sure")],
+    )
+    model.load_state_dict(utils.load_file(path))
+    digits = [Image.fromarray(image[0].numpy()) for image in test_images[:count]]
+    for kind in KINDS:
+        right = refused = sure = 0
+        for number, digit in enumerate(digits):
+            chance, file = random.Random(number), io.BytesIO()
+            page = draw_picture(kind, digit, digits[number - 1], chance)
+            (page if chance.random() < 0.5 else ImageOps.invert(page)).save(file, "png")
+            try:
+                prepared = utils.prepare_digit(file)
+            except ValueError:
+                refused += 1
+                continue
+            confidence, answer = model(utils.normalize(prepared / 255)).softmax(1)[0].max(0)
+            correct = int(answer == labels[number] and kind not in KINDS[-2:])
+            right, sure = right + correct, sure + int(not correct and confidence > 0.9)
+        rows.append((kind, *(f"{100 * number / count:.1f}%" for number in (right, refused, sure))))
+    print_table(*rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--runs", type=Path, help="make results.csv from the runs in this directory first")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="for augmentation.png")
     parser.add_argument("--images-dir", type=Path, default=Path("images"))
+    parser.add_argument("--digits", type=Path, metavar="MODEL", help="the weights of an M4, to read digits with")
+    parser.add_argument("--count", type=int, default=1000, help="of test images for --digits; default: 1000")
     args = parser.parse_args()
-    runs = {name: read_metrics(args.runs / name) for name in NETWORKS}
-    missing = [name for name, results in runs.items() if len(results) < 2]
-    if missing:
-        commands = ", ".join(f"python train_{name}.py --seeds 1 2 3 4 5" for name in missing)
-        raise utils.UserError(f"{args.runs} needs two seeds or more of {', '.join(missing)}: {commands}")
-    train_images = utils.read_idx_files(args.data_dir)[0]
-    print_results(runs)
+    if args.runs:
+        write_results(args.runs, args.results)
+    runs = read_results(args.results)
+    print_ladder(runs)
     utils.save_picture(args.images_dir / "ladder.png", draw_ladder, runs)
-    utils.save_picture(args.images_dir / "augmentation.png", draw_augmentation, train_images)
-    rows = {path.name[2:].replace("-", " "): read_metrics(path) for path in sorted(args.runs.glob("ablation/*"))}
-    rows = {name: results for name, results in rows.items() if len(results) > 1}
-    if rows:
-        print_ablation(rows)
-        utils.save_picture(args.images_dir / "ablation.png", draw_ablation, rows)
+    if WHOLE in runs:
+        print_ablation(runs)
+        utils.save_picture(args.images_dir / "ablation.png", draw_ablation, runs)
+    if args.data_dir.exists():
+        train_images, _, test_images, test_labels = utils.read_idx_files(args.data_dir)
+        utils.save_picture(args.images_dir / "augmentation.png", draw_augmentation, train_images)
+        if args.digits:
+            print_digits(args.digits, test_images, test_labels, args.count)
 
 
 if __name__ == "__main__":

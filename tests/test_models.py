@@ -23,17 +23,6 @@ def test_the_readme_has_the_table_that_torchsummary_prints(name, capsys):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_parameter_gets_a_gradient(name):
-    torch.manual_seed(0)
-    model = NETWORKS[name]()
-    logits = model(torch.randn(16, 1, 28, 28))
-    assert logits.shape == (16, 10)
-    logits.logsumexp(1).sum().backward()
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
-
-
-@pytest.mark.parametrize("name", NETWORKS)
 def test_comments_give_side_and_receptive_field(name):
     """Araujo et al., 2019, https://distill.pub/2019/computing-receptive-fields/"""
     model, rows, field, jump = NETWORKS[name](), [], 1, 1
@@ -75,14 +64,6 @@ def test_dropout_statistics(layout):
     per_place = (masks == 0).float().mean(0)
     assert per_place.std().item() == pytest.approx((0.2 * 0.8 / 30) ** 0.5, rel=0.15)
     assert (masks[0] == masks[1]).float().mean().item() == pytest.approx(0.2**2 + 0.8**2, abs=0.01)
-
-
-def test_dropout_scales_bfloat16_exactly():
-    # bfloat16 itself has no number between 1.0156 and 1.0234; 1 / 0.98 is 1.0204.
-    values = torch.arange(128, 256).repeat(100).bfloat16()
-    kept = models.Dropout(0.02)(values.clone())
-    assert kept.dtype == torch.bfloat16
-    assert torch.equal(kept[kept != 0], (values.float() / 0.98).bfloat16()[kept != 0])
 
 
 def test_dropout_rests_in_evaluation_and_renews():

@@ -7,9 +7,11 @@ import struct
 import subprocess
 import sys
 
+import ablation
 import pytest
 import torch
 from conftest import NETWORKS, ROOT, draw_digits, history, same_weights
+from figures import LADDER, RESULTS, last, print_ablation, print_ladder, read_results, spread, write_results
 from matplotlib.image import imread
 
 import utils
@@ -127,13 +129,6 @@ def test_a_mistake_is_told_in_one_line(options, word, capsys, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_auto_means_cuda_or_the_cpu(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert utils.parse_args("M4", "", 128, 0.01, ["--predict", "x"]).device.type == "cpu"
-
-
 def test_sagemaker_sets_the_defaults(monkeypatch, tmp_path):
     for name in ("MODEL_DIR", "OUTPUT_DATA_DIR", "CHANNEL_TRAIN"):
         monkeypatch.setenv(f"SM_{name}", str(tmp_path / name))
@@ -185,16 +180,39 @@ def test_only_plain_constants_are_part_of_the_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = utils.parse_args("M4", "", 128, 0.01, ["--predict", "x"])
     constants = {"RATE": 0.1, "PAIR": (1, 2), "NONE": None, "NET": NETWORKS["M4"], "T": torch.ones(1), "lower": 1}
-    config = utils.begin(args, 1, constants | {"NAN": float("nan")}, {})["config"]
-    assert config["rate"] == 0.1 and config["pair"] == [1, 2] and config["none"] is None
-    assert not {"net", "t", "lower", "nan"} & set(config) and json.dumps(config)
+    config = utils.begin(args, 1, constants, {})["config"]
+    assert config["rate"] == 0.1 and config["pair"] == (1, 2) and config["none"] is None
+    assert not {"net", "t", "lower"} & set(config) and json.dumps(config)
 
 
-def test_figures_before_any_run_says_what_to_run(tmp_path):
-    command = [sys.executable, ROOT / "tests" / "figures.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "python train_M1.py --seeds 1 2 3 4 5" in done.stderr
+def test_the_figures_are_those_of_the_results(capsys):
+    runs = read_results(RESULTS)
+    print_ladder(runs)
+    readme, tables = (ROOT / "README.md").read_text(), capsys.readouterr().out
+    assert all(line in readme for line in tables.splitlines()) and tables.count("\n") == 7
+    for name in LADDER:
+        accuracies = torch.tensor([[epoch["test_acc"] for epoch in history] for history in runs[name].values()])
+        final, lowest = accuracies[:, -1], accuracies[:, -5:].min()
+        words = f"{final.mean():.2f}% on average over seeds 1 to {len(final)}, lowest {final.min():.2f}; never below "
+        assert f"{words}{lowest:.2f} in the" in " ".join((ROOT / f"train_{name}.py").read_text().split())
+    print_ablation(runs)
+    assert all(line in readme for line in capsys.readouterr().out.splitlines())
+
+
+def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "save_picture", lambda *args: None)
+    rows = ["whole recipe", "AdamW instead of Muon", "M1 with M4's recipe"]
+    options = ["--holdout", "100", "--batch-size", "50", "--data-dir", str(data_dir), "--device", "cpu"]
+    command = ["ablation.py", "--rows", *rows, "--seeds", "1", "2", "--runs", str(tmp_path), *options, "--epochs", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    ablation.main()
+    write_results(tmp_path, tmp_path / "results.csv")
+    runs = read_results(tmp_path / "results.csv")
+    assert list(runs) == rows and all(list(run) == [1, 2] and len(run[1]) == 2 for run in runs.values())
+    assert runs[rows[0]][1][1]["test_loss"] != runs[rows[1]][1][1]["test_loss"]
+    print_ablation(runs)
+    assert f"| M1 | {spread(last(runs[rows[2]]))} |" in capsys.readouterr().out
+    utils.lock()
 
 
 def test_two_scripts_differ_in_model_recipe_and_docstring_only():
