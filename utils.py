@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -277,8 +278,7 @@ def load_data(args):
     if max(args.limit or 1, args.batch_size) > count:
         raise UserError(f"--holdout, --limit, --batch-size: there are only {max(count, 0):,} images to train on")
     if args.holdout:
-        # One split for every seed, so that the figures of several seeds speak of the same images.
-        order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0))  # one for all seeds
         held, kept = order[: args.holdout], order[args.holdout :]
         test_images, test_labels = train_images[held], train_labels[held]
         train_images, train_labels = train_images[kept], train_labels[kept]
@@ -315,7 +315,7 @@ def find_idx_file(directory, name):
                 if hashlib.md5(content, usedforsecurity=False).hexdigest() == MD5[name]:
                     return content
                 wrong = f"{path} is damaged, or of another data set: its MD5 sum is not {MD5[name]}"
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
             except Exception as error:  # noqa: BLE001 (gzip raises anything)
                 wrong = f"{path} cannot be read ({error})"
@@ -351,7 +351,7 @@ def fetch(directory):
                 print(f"Fetched from {name} into {raw}; the checksums are right.", flush=True)
                 return tensors
             except Exception as error:  # noqa: BLE001 (the other source may do)
-                problems.append(f"{name}: {error}")
+                problems.append(f"{name}: {str(error).partition('; remove')[0]}")
     raise FileNotFoundError(f"no source gave MNIST ({'; '.join(problems)}); put {', '.join(MD5)} into {raw}")
 
 
@@ -373,8 +373,10 @@ def begin(args, seed, constants, parts):
     state_dict. Raises UserError for a checkpoint that is damaged or of another model, seed or recipe.
     """
     config = {"model": args.name, "seed": seed, "device": args.device.type}
-    plain = (int, float, str, list, tuple, dict, type(None))
-    config |= {name.lower(): value for name, value in constants.items() if name.isupper() and isinstance(value, plain)}
+    for name, value in constants.items():
+        with contextlib.suppress(TypeError, ValueError):
+            if name.isupper():
+                config[name.lower()] = json.loads(json.dumps(value, allow_nan=False))
     config |= {key: getattr(args, key) for key in ("epochs", "batch_size", "max_lr", "precision", "holdout", "limit")}
     path = seed_dir(args.checkpoint_dir, args, seed) / "checkpoint.pt"
     if args.resume and path.exists():
@@ -421,8 +423,7 @@ def end_epoch(args, record, parts, trained, tested, seconds):
     write_file(path, lambda file: torch.save(states | {"record": record, "random": torch.get_rng_state()}, file))
     line = f"seed={record['seed']} " if len(args.seeds) > 1 else ""
     line += "epoch={} lr={:.3g} train_loss={:.4f} train_acc={:.2f} test_loss={:.4f} test_acc={:.2f} seconds={:.1f}"
-    # One string, one flushed call: a metric line must not be torn apart in a log.
-    print(line.format(*values), flush=True)
+    print(line.format(*values), flush=True)  # in one call: a metric line must not be torn apart in a log
 
 
 def save_outputs(args, record, average):
@@ -489,7 +490,7 @@ def read_digits(args, model_class):
         try:
             digit = prepare_digit(file)
         except ValueError as error:
-            status = fail(error)
+            status = fail(f"{file}: {error}")
             continue
         confidence, order = model(normalize(digit / 255)).softmax(1)[0].topk(2)
         print(f"{file}: {order[0]}, {100 * confidence[0]:.1f}% sure, then {order[1]}", flush=True)
@@ -527,8 +528,7 @@ def load_file(path):
                 raise ValueError("a checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 (a damaged file may raise anything)
-        reason = str(error).partition(". ")[0]
-        raise UserError(f"{path} cannot be used: it is damaged or not ours ({reason})") from None
+        raise UserError(f"{path} cannot be used: it is damaged or not ours ({str(error).partition('. ')[0]})") from None
 
 
 # Plots ----------------------------------------------------------------------------------------------------
@@ -634,8 +634,6 @@ def prepare_digit(file):
         border = torch.cat([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
         picture = F.pad(picture, (max(picture.shape) // 4 + 1,) * 4, value=border.median().item())
         marks = find_marks(picture)
-    if not marks.any():
-        raise ValueError(f"{file}: there is no digit that stands apart from the page")
     # A second look, at the marks alone, sees a small digit with all its pixels.
     low, high = box(marks) * max(picture.shape) / 128
     margin = (high - low).max() / 4
@@ -645,22 +643,21 @@ def prepare_digit(file):
     ink = (picture - picture[marks == 0].median()) * (marks > 0.5)
     ink = ink * ink.sum().sign()  # the pen was darker than the page, or lighter
     texture, ink = -ink.clamp(max=0).sum() > 0.3 * ink.clamp(min=0).sum(), ink / ink.max()
-    (low, high), *others = map(box, regions(ink > 0.3) or [marks > 0.5])
+    (low, high), *others = map(box, regions(ink > 0.3) or [ink > 0.3])
     for start, end in others:
         gap, size = torch.maximum(low - end, start - high), torch.minimum(high - low, end - start)
         # What broke off a digit lies close to it, and beside it only if it is lower.
         beside = size[0] > 0.6 * (high - low)[0] and gap[1] > -size[1] / 4
         if beside or gap.max() > (high - low).max() / 4:
-            raise ValueError(f"{file}: more than one digit: show one at a time, on a clean page")
-    ink = ink * (ink > 0.15)  # fainter is the paper's
-    (top, left), (bottom, right) = box(ink)
-    ink = scaled(ink[top:bottom, left:right], 20)
+            raise ValueError("more than one digit: show one at a time, on a clean page")
+    (top, left), (bottom, right) = box(ink > 0.15)  # fainter is the paper's
+    ink = scaled((ink * (ink > 0.15))[top:bottom, left:right], 20)
     ink, (height, width) = ink / ink.max(), ink.shape
-    # Slender ones apart, hardly a digit is hollow with ink in all four corners, or fills so much of its box.
-    hollow = not ink[height // 3 : -height // 3, width // 3 : -width // 3].any()
-    full = ink.mean() > 0.65 or (hollow and ink[[0, 0, -1, -1], [0, -1, 0, -1]].min() > 0.2)
-    if texture or width > 2 * height or (width > 7 and full):
-        raise ValueError(f"{file}: a texture, a frame, a bar or a blob, not a digit")
+    # Hardly a digit fills so much of a wide box, or is hollow with ink in all four corners.
+    full = width > height / 2 and ink.mean() > 0.65
+    hollow = width > 0.7 * height and not ink[height // 3 : -height // 3, width // 3 : -width // 3].any()
+    if texture or full or width > 2 * height or (hollow and ink[[0, 0, -1, -1], [0, -1, 0, -1]].min() > 0.2):
+        raise ValueError("a texture, a frame, a bar or a blob, not a digit")
     mass = (ink.nonzero().T * ink[ink > 0]).sum(1) / ink.sum()
     # The centers of mass of MNIST's own digits lie on pixel 14 of 0 to 27.
     top, left = (14 - mass).round().int().clamp(min=0).minimum(28 - torch.tensor(ink.shape)).tolist()
@@ -675,16 +672,14 @@ def find_marks(picture):
     # A page, or a desk, fills much of the box around it; the inside of a thick stroke does not.
     pages = [zone for zone in zones if zone.sum() > 0.4 * (box(zone)[1] - box(zone)[0]).prod()]
     around = [region for page in pages for region in regions(~page)]
-    border = F.pad(torch.zeros_like(contrast[1:-1, 1:-1]), (1, 1, 1, 1), value=1)
-    marks = [region for region in around if not (region * border).any()]
-    # A sheet on a desk is a mark of the desk: the innermost count.
-    marks = [mark for mark in marks if not any((mark & other).any() and other.sum() < mark.sum() for other in marks)]
+    marks = [region for region in around if region.sum() == region[1:-1, 1:-1].sum()]
+    # A sheet on a desk is a mark of the desk: the innermost count, but for specks in the loop of a digit.
+    sides = [(mark, mark.sum(), (box(mark)[1] - box(mark)[0]).max()) for mark in marks[:50]]
+    marks = [m for m, n, a in sides if not any((m & o).any() and k < n and b > a / 10 + 4 for o, k, b in sides)]
     largest = max((mark.sum() for mark in marks), default=0)
-    for region in around:
-        # What lies along the border for half of its outline is desk or shadow, less of it a digit that is cut.
-        along, sides = (region * border).sum(), (box(region)[1] - box(region)[0]).sum()
-        if 0 < along < 0.9 * sides and region.sum() > 3 * largest:
-            marks = []
+    # What lies along the border for half of its outline is desk or shadow, less of it a digit that is cut.
+    cut = [r for r in around if 0 < r.sum() - r[1:-1, 1:-1].sum() < 0.9 * (box(r)[1] - box(r)[0]).sum()]
+    marks = [] if any(region.sum() > largest / 2 for region in cut) else marks
     return sum((mark for mark in marks if mark.sum() > largest / 10), torch.zeros_like(contrast)) > 0
 
 
@@ -704,6 +699,8 @@ def scaled(picture, side=128):
 
 
 def box(mask):  # the first row and column, and those after the last
+    if not mask.any():
+        raise ValueError("there is no digit that stands apart from the page")
     low, high = mask.nonzero().aminmax(dim=0)
     return torch.stack([low, high + 1])
 
@@ -714,16 +711,19 @@ def read_picture(file):
     from torchvision.transforms.functional import pil_to_tensor
 
     try:
-        picture = Image.open(file)  # has a limit of its own to the size
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(file)
         if picture.mode[0] == "I":  # 16 bits a pixel
             picture = picture.convert("F").point(lambda value: value * (1 / 257) + 0).convert("L")
         picture = ImageOps.exif_transpose(picture).convert("RGBA")
         picture.thumbnail((2000, 2000))  # a digit of a twentieth of that has 100
     except Exception as error:  # noqa: BLE001 (a damaged picture may raise anything)
-        raise ValueError(f"{file}: not a readable picture, use JPEG or PNG, for example ({error})") from None
+        raise ValueError(getattr(error, "strerror", None) or f"not readable, use JPEG or PNG ({error})") from None
     drawn, alpha = picture.convert("L"), picture.getchannel("A")
     page = 255 if ImageStat.Stat(drawn, alpha).mean[0] < 128 else 0  # for what is drawn on nothing
-    return pil_to_tensor(Image.composite(drawn, Image.new("L", picture.size, page), alpha))[0].float()
+    gray = Image.composite(drawn, Image.new("L", picture.size, page), alpha)
+    return scaled(pil_to_tensor(gray)[0].float(), max(128, *gray.size))
 
 
 # Command line and errors ----------------------------------------------------------------------------------

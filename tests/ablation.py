@@ -75,7 +75,7 @@ def main():
                         options += [name, value]
                     else:
                         stack.enter_context(patch(name, value))
-                sys.argv[1:] = map(str, options)
+                stack.enter_context(patch.object(sys, "argv", ["train_M4.py", *map(str, options)]))
                 train_M4.main()
 
 

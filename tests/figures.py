@@ -53,7 +53,7 @@ def write_results(runs, path):
     cpuinfo = Path("/proc/cpuinfo")
     processor = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     notes = [f"# {environment}" for environment in sorted(environments)]
-    notes.append(f"# made on {processor[1] if processor else platform.processor()}")
+    notes.append(f"# written on a machine with {processor[1] if processor else platform.processor()}")
     utils.write_file(path, lambda file: file.write("\n".join([*notes, *lines, ""]).encode()))
 
 
@@ -102,13 +102,14 @@ def print_ladder(runs):
 
 
 def print_ablation(runs):
+    seeds = set.intersection(*(set(runs[row]) for row in ROWS if row in runs))
+    runs = {row: {seed: runs[row][seed] for seed in sorted(seeds)} for row in ROWS if row in runs}
     for title, rows in GROUPS.items():
         table = [(title, "final: mean ± std", "difference", "difference in loss", "lowest of all last-five epochs")]
         for row in (row for row in rows if row in runs):
             cells = [label(row, title), spread(last(runs[row]))]
             for key, digits in (("test_acc", 3), ("test_loss", 4)):
-                pairs = [(runs[row][seed][-1][key], runs[WHOLE][seed][-1][key]) for seed in runs[row]]
-                values = torch.tensor([one - other for one, other in pairs])
+                values = last(runs[row], key) - last(runs[WHOLE], key)
                 error = values.std() / len(values) ** 0.5
                 cells.append("" if row == WHOLE else f"{values.mean():+.{digits}f} ± {error:.{digits}f}")
             table.append((*cells, lowest(runs[row])))
@@ -270,7 +271,7 @@ def main():
     if WHOLE in runs:
         print_ablation(runs)
         utils.save_picture(args.images_dir / "ablation.png", draw_ablation, runs)
-    if args.data_dir.exists():
+    if args.data_dir.exists() or args.digits:
         train_images, _, test_images, test_labels = utils.read_idx_files(args.data_dir)
         utils.save_picture(args.images_dir / "augmentation.png", draw_augmentation, train_images)
         if args.digits:

@@ -1,6 +1,8 @@
 """Pictures of digits: how they are prepared, and what `--predict` answers."""
 
+import contextlib
 import os
+import random
 import struct
 import zlib
 
@@ -117,6 +119,25 @@ def test_a_stroke_apart_belongs_to_its_digit_and_another_digit_does_not(tmp_path
         utils.prepare_digit(tmp_path / "two.png")
 
 
+def test_a_speck_in_the_loop_of_a_zero_is_no_digit(tmp_path):
+    page = Image.new("L", (300, 300), 250)
+    for name in ("plain", "speck"):
+        ImageDraw.Draw(page).ellipse((90, 50, 210, 250), outline=20, width=16)
+        page.save(tmp_path / f"{name}.png")
+        ImageDraw.Draw(page).ellipse((147, 147, 152, 152), fill=190)
+    assert distance(*(utils.prepare_digit(tmp_path / f"{name}.png") for name in ("plain", "speck"))) < 3
+
+
+def test_any_small_picture_is_read_or_refused(tmp_path):
+    chance = random.Random(0)
+    for _ in range(60):
+        width, height, low = chance.randint(1, 12), chance.randint(1, 12), chance.randint(0, 250)
+        pixels = bytes(chance.choices((low, 250), (1, 2), k=width * height))
+        Image.frombytes("L", (width, height), pixels).save(tmp_path / "small.png")
+        with contextlib.suppress(ValueError):
+            assert utils.prepare_digit(tmp_path / "small.png").shape == (1, 1, 28, 28)
+
+
 def bomb(path, side):
     """Write a PNG that says it is `side` pixels wide and high, and return its path."""
     content = b"\x89PNG\r\n\x1a\n"
@@ -138,17 +159,18 @@ def test_what_is_no_digit_is_refused(tmp_path):
         getattr(ImageDraw.Draw(picture), shape)((30, 30, 170, 160), **style)
         picture.save(tmp_path / f"{name}.png")
     Image.effect_noise((200, 200), 100).save(tmp_path / "noise.png")
+    bomb(tmp_path / "large.png", 12_000)
     bomb(tmp_path / "bomb.png", 60_000)
     words = {"blank.png": "no digit", "dot.png": "no digit", "photo.heic": "JPEG or PNG", "cut.png": "JPEG or PNG"}
     words |= {
         "frame.png": "frame",
         "blob.png": "blob",
-        "noise.png": "",
+        "noise.png": "digit",
         "bomb.png": "pixels",
         "none.png": "No such file",
     }
     for name, word in words.items():
-        with pytest.raises(ValueError, match=rf"{name}: .*{word}"):
+        with pytest.raises(ValueError, match=word):
             utils.prepare_digit(tmp_path / name)
 
 

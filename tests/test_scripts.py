@@ -180,9 +180,9 @@ def test_only_plain_constants_are_part_of_the_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = utils.parse_args("M4", "", 128, 0.01, ["--predict", "x"])
     constants = {"RATE": 0.1, "PAIR": (1, 2), "NONE": None, "NET": NETWORKS["M4"], "T": torch.ones(1), "lower": 1}
-    config = utils.begin(args, 1, constants, {})["config"]
-    assert config["rate"] == 0.1 and config["pair"] == (1, 2) and config["none"] is None
-    assert not {"net", "t", "lower"} & set(config) and json.dumps(config)
+    config = utils.begin(args, 1, constants | {"NAN": float("nan")}, {})["config"]
+    assert config["rate"] == 0.1 and config["pair"] == [1, 2] and config["none"] is None
+    assert not {"net", "t", "lower", "nan"} & set(config) and json.dumps(config)
 
 
 def test_the_figures_are_those_of_the_results(capsys):
