@@ -573,8 +573,8 @@ def plot_training(name, histories, evaluated="test"):
     lowest = min(epoch["test_acc"] for history in histories for epoch in history[len(epochs) // 3 :])
     # Tenths of a percent near the top are what matters; the first epochs may lie below the axis.
     accuracy.set_ylim(max(min(lowest - 0.3, 98.5), 0), 100)
-    loss.set_yscale("log")
-    loss.set(xlabel="epoch", ylabel="loss (nats per image)", title=f"{name}: loss")
+    ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+    loss.set(xlabel="epoch", ylabel="loss (nats)", title=f"{name}: loss", yscale="log", yticks=ticks, yticklabels=ticks)
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{name}: accuracy")
     for axes in (loss, accuracy):
         axes.set_xlim(0.5, len(epochs) + 0.5)

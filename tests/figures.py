@@ -250,8 +250,8 @@ def print_digits(path, test_images, labels, count):
             confidence, answer = model(utils.normalize(prepared / 255)).softmax(1)[0].max(0)
             correct = int(answer == labels[number] and kind not in KINDS[-2:])
             right, sure = right + correct, sure + int(not correct and confidence > 0.9)
-        rows.append((kind, *(f"{100 * number / count:.1f}%" for number in (right, refused, sure))))
-    print_table(*rows)
+        rows.append((kind, *(f"{100 * number / len(digits):.1f}%" for number in (right, refused, sure))))
+    print_table(*zip(*rows, strict=True))
 
 
 def main():
