@@ -102,9 +102,9 @@ def print_ladder(runs):
 
 
 def print_ablation(runs):
-    rows = [row for row in ROWS if row in runs]
-    seeds = sorted(set(runs.get(WHOLE, ())).intersection(*(runs[row] for row in rows)))  # the same in every row
-    runs = {row: {seed: runs[row][seed] for seed in seeds} for row in rows}
+    runs = {row: runs[row] for row in ROWS if row in runs}
+    seeds = sorted(set(runs.get(WHOLE, ())).intersection(*runs.values()))  # the same in every row
+    runs = {row: {seed: history[seed] for seed in seeds} for row, history in runs.items()}
     for title, rows in GROUPS.items():
         table = [(title, "final: mean ± std", "difference", "difference in loss", "lowest of all last-five epochs")]
         for row in (row for row in rows if row in runs):

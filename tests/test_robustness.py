@@ -185,12 +185,14 @@ def test_a_damaged_model_is_refused_or_unchanged(tmp_path):
     whole = path.read_bytes()
     for _ in range(300):
         damaged = bytearray(whole)
-        damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        for _ in range(chance.randint(1, 4)):
+            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
         path.write_bytes(damaged)
         try:
             loaded = utils.load_file(path)
         except utils.UserError as error:
-            refusals += str(path) in str(error)
+            assert str(path) in str(error)
+            refusals += 1
         else:  # the archive's padding was hit
             assert all(torch.equal(loaded[key], value) for key, value in weights.items())
-    assert refusals > 150
+    assert refusals > 200
