@@ -669,8 +669,8 @@ def find_marks(picture):
     gray = scaled(picture)[None]
     contrast = (F.max_pool2d(gray, 5, 1, 2) + F.max_pool2d(-gray, 5, 1, 2))[0]
     zones = regions(contrast < max(12, contrast.max() / 8))  # even but for grain and the ripples of JPEG
-    # A page, or a desk, fills much of the box around it; the inside of a thick stroke does not.
-    pages = [zone for zone in zones if zone.sum() > 0.4 * (box(zone)[1] - box(zone)[0]).prod()]
+    # A page, or a desk, fills most of the box around it; the inside of a thick stroke does not.
+    pages = [zone for zone in zones if zone.sum() > 0.55 * (box(zone)[1] - box(zone)[0]).prod()]
     around = [region for page in pages for region in regions(~page)]
     marks = [region for region in around if region.sum() == region[1:-1, 1:-1].sum()]
     # A sheet on a desk is a mark of the desk: the innermost count, but for specks in the loop of a digit.

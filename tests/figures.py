@@ -29,7 +29,7 @@ RESULTS = Path(__file__).with_name("results.csv")
 COLUMNS = ("run", "seed", "epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds")
 LADDER = ("M1", "M2", "M3", "M4")
 GROUPS = {"M4": PARTS, "network, M4's recipe": (*NETWORKS, WHOLE), "M4, length": (*LENGTHS, WHOLE)}
-KINDS = ("on its own page", "sheet on a desk", "cut to its ink", "at one border", "small", "two digits", "no digit")
+KINDS = ("28x28", "own page", "sheet on a desk", "cut to its ink", "at one border", "small", "two digits", "no digit")
 EXERCISE = {"M1": 98.95, "M2": 98.72, "M3": 99.27, "M4": 99.53}  # best epochs of one run each
 # Okabe and Ito's palette.
 COLORS = {"M1": "#E69F00", "M2": "#009E73", "M3": "#CC79A7", "M4": "#0072B2"}
@@ -101,19 +101,26 @@ def print_ladder(runs):
     print_table(*rows)
 
 
-def print_ablation(runs):
-    runs = {row: runs[row] for row in ROWS if row in runs}
-    seeds = sorted(set(runs.get(WHOLE, ())).intersection(*runs.values()))  # the same in every row
-    runs = {row: {seed: history[seed] for seed in seeds} for row, history in runs.items()}
-    for title, rows in GROUPS.items():
-        table = [(title, "final: mean ± std", "difference", "difference in loss", "lowest of all last-five epochs")]
-        for row in (row for row in rows if row in runs):
-            cells = [label(row, title), spread(last(runs[row]))]
+def ablation_rows(runs):
+    """Return the ablation's part of `runs`, with the seeds that each of its rows has."""
+    rows = {row: runs[row] for row in ROWS if row in runs}
+    seeds = sorted(set(rows.get(WHOLE, ())).intersection(*rows.values()))
+    return {row: {seed: history[seed] for seed in seeds} for row, history in rows.items()}
+
+
+def print_ablation(rows):
+    """Print means of the whole recipe and, of each other row, mean differences from it and their standard errors."""
+    for title, names in GROUPS.items():
+        table = [(title, "final accuracy", "final loss", "lowest of all last-five epochs")]
+        for row in (row for row in names if row in rows):
+            cells = [label(row, title)]
             for key, digits in (("test_acc", 3), ("test_loss", 4)):
-                values = last(runs[row], key) - last(runs[WHOLE], key)
+                whole = last(rows[WHOLE], key)
+                values = last(rows[row], key) - whole
                 error = values.std() / len(values) ** 0.5
-                cells.append("" if row == WHOLE else f"{values.mean():+.{digits}f} ± {error:.{digits}f}")
-            table.append((*cells, lowest(runs[row])))
+                difference = f"{values.mean():+.{digits}f} ± {error:.{digits}f}"
+                cells.append(f"{whole.mean():.{digits}f}" if row == WHOLE else difference)
+            table.append((*cells, lowest(rows[row])))
         if len(table) > 1:
             print_table(*table)
 
@@ -191,7 +198,9 @@ def draw_picture(kind, digit, other, chance):
     """Return a picture of one of the KINDS."""
     side, width, height = (chance.randint(*limits) for limits in ((30, 200), (200, 400), (200, 400)))
     mark, page, pen_width = ink(digit, side), Image.new("L", (width, height)), chance.randint(2, 20)
-    if kind == "on its own page":
+    if kind == "28x28":
+        return digit
+    if kind == "own page":
         return put(digit.resize((side, side)), [side + width, side + height], chance)
     if kind == "cut to its ink":
         return mark
@@ -231,10 +240,8 @@ def draw_picture(kind, digit, other, chance):
 
 def print_digits(path, test_images, labels, count):
     """Print how the M4 in `path` reads pictures made of the first `count` test images."""
-    model, rows = (
-        models.MNIST_CNN_M4().eval(),
-        [(f"pictures, {count:,} each", "right", "refused", "wrong, over 90% sure")],
-    )
+    model = models.MNIST_CNN_M4().eval()
+    rows = [(f"pictures, {count:,} each", "right", "refused", "wrong, over 90% sure")]
     model.load_state_dict(utils.load_file(path))
     digits = [Image.fromarray(image[0].numpy()) for image in test_images[:count]]
     for kind in KINDS:
@@ -269,9 +276,9 @@ def main():
     runs = read_results(args.results)
     print_ladder(runs)
     utils.save_picture(args.images_dir / "ladder.png", draw_ladder, runs)
-    if WHOLE in runs:
-        print_ablation(runs)
-        utils.save_picture(args.images_dir / "ablation.png", draw_ablation, runs)
+    if rows := ablation_rows(runs):
+        print_ablation(rows)
+        utils.save_picture(args.images_dir / "ablation.png", draw_ablation, rows)
     if args.data_dir.exists() or args.digits:
         train_images, _, test_images, test_labels = utils.read_idx_files(args.data_dir)
         utils.save_picture(args.images_dir / "augmentation.png", draw_augmentation, train_images)

@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import ablation
+import figures
 import pytest
 import torch
 from conftest import NETWORKS, ROOT, draw_digits, history, same_weights
-from figures import LADDER, RESULTS, last, lowest, print_ablation, print_ladder, read_results, spread, write_results
 from matplotlib.image import imread
 
 import utils
@@ -186,15 +186,16 @@ def test_only_plain_constants_are_part_of_the_recipe(tmp_path, monkeypatch):
 
 
 def test_the_figures_are_those_of_the_results(capsys):
-    runs = read_results(RESULTS)
-    print_ladder(runs)
+    runs = figures.read_results(figures.RESULTS)
+    figures.print_ladder(runs)
     readme, tables = (ROOT / "README.md").read_text(), capsys.readouterr().out
     assert all(line in readme for line in tables.splitlines()) and tables.count("\n") == 7
-    for name in LADDER:
-        final = last(runs[name])
+    for name in figures.LADDER:
+        final = figures.last(runs[name])
         words = f"{final.mean():.2f}% on average over seeds 1 to {len(final)}, lowest {final.min():.2f}; never below "
-        assert f"{words}{lowest(runs[name])} in the" in " ".join((ROOT / f"train_{name}.py").read_text().split())
-    print_ablation(runs)
+        script = " ".join((ROOT / f"train_{name}.py").read_text().split())
+        assert f"{words}{figures.lowest(runs[name])} in the" in script
+    figures.print_ablation(figures.ablation_rows(runs))
     assert all(line in readme for line in capsys.readouterr().out.splitlines())
 
 
@@ -205,12 +206,13 @@ def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, 
     command = ["ablation.py", "--rows", *rows, "--seeds", "1", "2", "--runs", str(tmp_path), *options, "--epochs", "2"]
     monkeypatch.setattr(sys, "argv", command)
     ablation.main()
-    write_results(tmp_path, tmp_path / "results.csv")
-    runs = read_results(tmp_path / "results.csv")
+    figures.write_results(tmp_path, tmp_path / "results.csv")
+    runs = figures.read_results(tmp_path / "results.csv")
     assert list(runs) == rows and all(list(run) == [1, 2] and len(run[1]) == 2 for run in runs.values())
     assert runs[rows[0]][1][1]["test_loss"] != runs[rows[1]][1][1]["test_loss"]
-    print_ablation(runs)
-    assert f"| M1 | {spread(last(runs[rows[2]]))} |" in capsys.readouterr().out
+    figures.print_ablation(figures.ablation_rows(runs))
+    difference = figures.last(runs[rows[2]]).mean() - figures.last(runs[rows[0]]).mean()
+    assert f"| M1 | {difference:+.3f} ± " in capsys.readouterr().out
     utils.lock()
 
 
