@@ -6,7 +6,7 @@ TARGET    A sound set-up and a skeleton below 8,000 parameters: 3x3 convolutions
 RESULT    99.15% on average over seeds 1 to 5, lowest 99.05; never below 98.98 in the last five epochs.
 
 ANALYSIS  The last layer is a ReLU: weights that start positive (see models.py) keep all ten classes alive on every seed.
-          Toward the end the model begins to overfit.
+          In the last epoch M1 scores as high in training as on the test set.
 """
 
 import time
@@ -17,7 +17,7 @@ import utils
 from models import MNIST_CNN_M1
 
 BATCH_SIZE = 128  # small enough for many steps in 15 epochs, large enough to keep two cores busy
-MAX_LR = 0.002  # constant; twice as much did as well on one seed, but there is no batch norm to tame it
+MAX_LR = 0.002  # constant; twice as much did as well, on one seed
 WEIGHT_DECAY = 0.01
 AUGMENT = None  # comes with M3
 AVERAGE_DECAY = 0.998  # spans about one epoch: long enough to smooth, short enough to follow

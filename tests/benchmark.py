@@ -1,12 +1,13 @@
-"""Time an epoch of M4 on the CPU three ways, side by side: python tests/benchmark.py (not collected by pytest).
+"""Time an epoch of M4 on the CPU, side by side: python tests/benchmark.py (not collected by pytest).
 
-usual  PIL transforms for each image, a DataLoader, `nn.Dropout`, AdamW, `.item()` at each step, all cores on one batch
+usual  PIL transforms for each image, a DataLoader, `nn.Dropout`, AdamW, `.item()` at each step, all cores on one batch;
+       without worker processes for the transforms, and with two
 ours   what train_M4.py does: an epoch without the images' border and one with it, weighted as in a run
 floor  forward, backward and torch's AdamW of an M4 without dropout on one ready batch of whole images, no evaluation,
        with the memory layout and settings of ours, all cores on one batch
 
 Each measurement is a process of its own that starts with a few batches untimed and then takes a part of the images,
-scaled to a whole epoch (60,000 images, and 10,000 to evaluate). The three alternate, and the table gives medians.
+scaled to a whole epoch (60,000 images, and 10,000 to evaluate). They alternate, and the table gives medians.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,7 +39,7 @@ def timed(work, *args):
     return time.perf_counter() - start
 
 
-def usual(images, batch_size, data_dir):
+def usual(images, batch_size, data_dir, workers=0):
     from torchvision import datasets, transforms
 
     models.Dropout = nn.Dropout
@@ -50,7 +52,7 @@ def usual(images, batch_size, data_dir):
 
     def loader(train, count, steps):
         part = torch.utils.data.Subset(datasets.MNIST(str(data_dir), train, transforms.Compose(steps)), range(count))
-        return torch.utils.data.DataLoader(part, batch_size, shuffle=train)
+        return torch.utils.data.DataLoader(part, batch_size, shuffle=train, num_workers=workers)
 
     def train(batches):
         model.train()
@@ -106,21 +108,22 @@ def floor(images, batch_size, data_dir):
     return timed(train, images // batch_size)
 
 
+PIPELINES = {"usual": usual, "usual, two workers": partial(usual, workers=2), "ours": ours, "floor": floor}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=int, default=30_000, help="training images per measurement (30000)")
     parser.add_argument("--batch-size", type=int, default=train_M4.BATCH_SIZE)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each (5)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--pipeline", choices=("usual", "ours", "floor"), help=argparse.SUPPRESS)
+    parser.add_argument("--pipeline", choices=PIPELINES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.pipeline:
-        pipeline = {"usual": usual, "ours": ours, "floor": floor}[args.pipeline]
-        seconds = pipeline(args.images, args.batch_size, args.data_dir) * 60_000 / args.images
-        print(seconds)
+        print(PIPELINES[args.pipeline](args.images, args.batch_size, args.data_dir) * 60_000 / args.images)
         return
     utils.read_idx_files(args.data_dir)
-    runs = {"usual": [], "ours": [], "floor": []}
+    runs = {pipeline: [] for pipeline in PIPELINES}
     for _ in range(args.repeats):
         for pipeline, results in runs.items():
             command = [sys.executable, __file__, "--pipeline", pipeline, *sys.argv[1:]]

@@ -101,26 +101,23 @@ def print_ladder(runs):
     print_table(*rows)
 
 
-def ablation_rows(runs):
-    """Return the ablation's part of `runs`, with the seeds that each of its rows has."""
-    rows = {row: runs[row] for row in ROWS if row in runs}
-    seeds = sorted(set(rows.get(WHOLE, ())).intersection(*rows.values()))
-    return {row: {seed: history[seed] for seed in seeds} for row, history in rows.items()}
-
-
-def print_ablation(rows):
+def print_ablation(runs):
     """Print means of the whole recipe and, of each other row, mean differences from it and their standard errors."""
-    for title, names in GROUPS.items():
-        table = [(title, "final accuracy", "final loss", "lowest of all last-five epochs")]
-        for row in (row for row in names if row in rows):
-            cells = [label(row, title)]
+    for title, rows in GROUPS.items():
+        table = [(title, "seeds", "final accuracy", "final loss", "lowest of all last-five epochs")]
+        for row in rows:
+            whole, run = runs.get(WHOLE, {}), runs.get(row, {})
+            seeds = sorted(whole.keys() & run.keys())
+            if len(seeds) < 2:
+                continue
+            whole, run = ({seed: histories[seed] for seed in seeds} for histories in (whole, run))
+            cells = [label(row, title), str(len(seeds))]
             for key, digits in (("test_acc", 3), ("test_loss", 4)):
-                whole = last(rows[WHOLE], key)
-                values = last(rows[row], key) - whole
-                error = values.std() / len(values) ** 0.5
-                difference = f"{values.mean():+.{digits}f} ± {error:.{digits}f}"
-                cells.append(f"{whole.mean():.{digits}f}" if row == WHOLE else difference)
-            table.append((*cells, lowest(rows[row])))
+                difference = last(run, key) - last(whole, key)
+                error = difference.std() / len(seeds) ** 0.5
+                text = f"{difference.mean():+.{digits}f} ± {error:.{digits}f}"
+                cells.append(f"{last(whole, key).mean():.{digits}f}" if row == WHOLE else text)
+            table.append((*cells, lowest(run)))
         if len(table) > 1:
             print_table(*table)
 
@@ -258,7 +255,7 @@ def print_digits(path, test_images, labels, count):
             confidence, answer = model(utils.normalize(prepared / 255)).softmax(1)[0].max(0)
             correct = int(answer == labels[number] and kind not in KINDS[-2:])
             right, sure = right + correct, sure + int(not correct and confidence > 0.9)
-        rows.append((kind, *(f"{100 * number / len(digits):.1f}%" for number in (right, refused, sure))))
+        rows.append((kind, *(f"{100 * number / len(digits):.2f}%" for number in (right, refused, sure))))
     print_table(*zip(*rows, strict=True))
 
 
@@ -276,9 +273,9 @@ def main():
     runs = read_results(args.results)
     print_ladder(runs)
     utils.save_picture(args.images_dir / "ladder.png", draw_ladder, runs)
-    if rows := ablation_rows(runs):
-        print_ablation(rows)
-        utils.save_picture(args.images_dir / "ablation.png", draw_ablation, rows)
+    if WHOLE in runs:
+        print_ablation(runs)
+        utils.save_picture(args.images_dir / "ablation.png", draw_ablation, runs)
     if args.data_dir.exists() or args.digits:
         train_images, _, test_images, test_labels = utils.read_idx_files(args.data_dir)
         utils.save_picture(args.images_dir / "augmentation.png", draw_augmentation, train_images)

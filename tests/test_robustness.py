@@ -33,7 +33,7 @@ class Code:
 def test_25_kills_at_any_moment_change_nothing(run_script, tmp_path):
     options = ("--epochs", "6", "--batch-size", "16", "--seeds", "1", "2", "--resume")
     start = time.perf_counter()
-    assert run_script("train_M4.py", *options, output="whole").returncode == 0
+    assert run_script("train_M4.py", *options, output="whole", start=subprocess.run).returncode == 0
     whole = time.perf_counter() - start
     chance, kills = random.Random(0), 0
     while kills < 25:
@@ -95,6 +95,9 @@ def test_a_signal_ends_the_run_with_the_command_that_resumes(run_script, tmp_pat
     stop += f"def train(*args): return os.kill(os.getpid(), signal.{number}) if args[-1] == 3 else real(*args)\n"
     done = run_script("train_M2.py", "--epochs", "4", before=stop + "utils.train = train")
     assert done.returncode == status and "--resume true" in done.stderr and "Traceback" not in done.stderr
+    # A run that is stopped before it has saved anything must not name what an older run has left.
+    done = run_script("train_M2.py", "--epochs", "4", before=f"{stop.replace('== 3', '== 1')}utils.train = train")
+    assert done.returncode == status and not done.stderr
     done = run_script("train_M2.py", "--epochs", "4", "--resume")
     assert done.returncode == 0 and "epoch=2 " not in done.stdout and "epoch=3 " in done.stdout
 
@@ -148,6 +151,7 @@ def test_memory_that_runs_out(capsys):
     assert stop.value.code == 2 and "memory" in capsys.readouterr().err
 
 
+@posix
 def test_output_that_cannot_be_a_directory(run_script, tmp_path):
     (tmp_path / "file").write_text("")
     refused(run_script("train_M4.py", output="file"), "file", "File exists")

@@ -49,7 +49,8 @@ def test_script_learns_and_leaves_what_it_should(name, run_script, tmp_path):
     # What the saved weights score is what the last epoch says.
     assert utils.evaluate(model, *draw_digits(200, 2))[1] == pytest.approx(accuracies[-1])
     # Where the user stands, the last line works: the path of the script is what was typed.
-    assert lines[-1].startswith(f"next: python {ROOT / f'train_{name}.py'} --output-dir {out} ")
+    paths = (ROOT / f"train_{name}.py").as_posix(), out.as_posix()
+    assert lines[-1].startswith("next: python {} --output-dir {} ".format(*paths))
 
 
 @pytest.mark.slow
@@ -167,8 +168,8 @@ def test_target_is_held_by_each_of_the_last_five_epochs(target, status, tmp_path
     average = utils.weight_average(NETWORKS["M4"](), 0.9)
     record = {"seed": 1, "history": []}
     for epoch, score in enumerate([90.0, 99.9, 99.5, 99.6, 99.7, 99.5, 99.8], 1):
-        figures = dict.fromkeys(("train_loss", "train_acc", "test_loss", "seconds"), 1.0)
-        record["history"].append({"epoch": epoch, "test_acc": score, **figures})
+        others = dict.fromkeys(("train_loss", "train_acc", "test_loss", "seconds"), 1.0)
+        record["history"].append({"epoch": epoch, "test_acc": score, **others})
     utils.save_outputs(args, record, average)
     data = utils.Data(None, None, *draw_digits(20, 1))
     assert utils.finish(args, average, data, [record]) == status
@@ -195,7 +196,7 @@ def test_the_figures_are_those_of_the_results(capsys):
         words = f"{final.mean():.2f}% on average over seeds 1 to {len(final)}, lowest {final.min():.2f}; never below "
         script = " ".join((ROOT / f"train_{name}.py").read_text().split())
         assert f"{words}{figures.lowest(runs[name])} in the" in script
-    figures.print_ablation(figures.ablation_rows(runs))
+    figures.print_ablation(runs)
     assert all(line in readme for line in capsys.readouterr().out.splitlines())
 
 
@@ -210,9 +211,9 @@ def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, 
     runs = figures.read_results(tmp_path / "results.csv")
     assert list(runs) == rows and all(list(run) == [1, 2] and len(run[1]) == 2 for run in runs.values())
     assert runs[rows[0]][1][1]["test_loss"] != runs[rows[1]][1][1]["test_loss"]
-    figures.print_ablation(figures.ablation_rows(runs))
+    figures.print_ablation(runs)
     difference = figures.last(runs[rows[2]]).mean() - figures.last(runs[rows[0]]).mean()
-    assert f"| M1 | {difference:+.3f} ± " in capsys.readouterr().out
+    assert f"| M1 | 2 | {difference:+.3f} ± " in capsys.readouterr().out
     utils.lock()
 
 
