@@ -28,7 +28,7 @@ import utils
 RESULTS = Path(__file__).with_name("results.csv")
 COLUMNS = ("run", "seed", "epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds")
 LADDER = ("M1", "M2", "M3", "M4")
-GROUPS = {"M4": PARTS, "network, M4's recipe": (*NETWORKS, WHOLE), "M4, length": (*LENGTHS, WHOLE)}
+GROUPS = {"M4": PARTS, "M4's recipe": (*NETWORKS, WHOLE), "length": (*LENGTHS, WHOLE)}
 KINDS = ("28x28", "own page", "sheet on a desk", "cut to its ink", "at one border", "small", "two digits", "no digit")
 EXERCISE = {"M1": 98.95, "M2": 98.72, "M3": 99.27, "M4": 99.53}  # best epochs of one run each
 # Okabe and Ito's palette.
@@ -104,27 +104,23 @@ def print_ladder(runs):
 def print_ablation(runs):
     """Print means of the whole recipe and, of each other row, mean differences from it and their standard errors."""
     for title, rows in GROUPS.items():
-        table = [(title, "seeds", "final accuracy", "final loss", "lowest of all last-five epochs")]
+        rows = [row for row in rows if row in runs]
+        seeds = sorted(set.intersection(*(set(runs[row]) for row in rows)))  # the same for each row
+        table = [(f"{title} ({len(seeds)} seeds)", "accuracy", "loss")]
         for row in rows:
-            whole, run = runs.get(WHOLE, {}), runs.get(row, {})
-            seeds = sorted(whole.keys() & run.keys())
-            if len(seeds) < 2:
-                continue
-            whole, run = ({seed: histories[seed] for seed in seeds} for histories in (whole, run))
-            cells = [label(row, title), str(len(seeds))]
-            for key, digits in (("test_acc", 3), ("test_loss", 4)):
-                difference = last(run, key) - last(whole, key)
-                error = difference.std() / len(seeds) ** 0.5
-                text = f"{difference.mean():+.{digits}f} ± {error:.{digits}f}"
-                cells.append(f"{last(whole, key).mean():.{digits}f}" if row == WHOLE else text)
-            table.append((*cells, lowest(run)))
-        if len(table) > 1:
-            print_table(*table)
+            cells = [label(row, title)]
+            for key, digits in (("test_acc", 2), ("test_loss", 4)):
+                whole, part = (last({seed: runs[name][seed] for seed in seeds}, key) for name in (WHOLE, row))
+                error = (part - whole).std() / len(seeds) ** 0.5
+                difference = f"{(part - whole).mean():+.{digits}f} ± {error:.{digits}f}"
+                cells.append(f"{whole.mean():.{digits}f}" if row == WHOLE else difference)
+            table.append(cells)
+        print_table(*(table if title == "M4" else zip(*table, strict=True)))
 
 
 def label(row, title):
     """Return how a row is called in the table or panel `title`."""
-    whole = {"M4": WHOLE, "network, M4's recipe": "M4", "M4, length": "15 epochs"}[title]
+    whole = {"M4": WHOLE, "M4's recipe": "M4", "length": "15 epochs"}[title]
     return whole if row == WHOLE else row.partition(" with M4")[0]
 
 
