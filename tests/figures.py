@@ -28,7 +28,7 @@ import utils
 RESULTS = Path(__file__).with_name("results.csv")
 COLUMNS = ("run", "seed", "epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds")
 LADDER = ("M1", "M2", "M3", "M4")
-GROUPS = {"M4": PARTS, "M4's recipe": (*NETWORKS, WHOLE), "length": (*LENGTHS, WHOLE)}
+GROUPS = {"one part changed": PARTS, "network": (*NETWORKS, WHOLE), "epochs": (*LENGTHS, WHOLE)}
 KINDS = ("28x28", "own page", "sheet on a desk", "cut to its ink", "at one border", "small", "two digits", "no digit")
 EXERCISE = {"M1": 98.95, "M2": 98.72, "M3": 99.27, "M4": 99.53}  # best epochs of one run each
 # Okabe and Ito's palette.
@@ -115,13 +115,13 @@ def print_ablation(runs):
                 difference = f"{(part - whole).mean():+.{digits}f} ± {error:.{digits}f}"
                 cells.append(f"{whole.mean():.{digits}f}" if row == WHOLE else difference)
             table.append(cells)
-        print_table(*(table if title == "M4" else zip(*table, strict=True)))
+        print_table(*(table if title == "one part changed" else zip(*table, strict=True)))
 
 
 def label(row, title):
     """Return how a row is called in the table or panel `title`."""
-    whole = {"M4": WHOLE, "M4's recipe": "M4", "length": "15 epochs"}[title]
-    return whole if row == WHOLE else row.partition(" with M4")[0]
+    whole = {"one part changed": WHOLE, "network": "M4", "epochs": "15"}[title]
+    return whole if row == WHOLE else row.partition(" with M4")[0].removesuffix(" epochs")
 
 
 def draw_ladder(runs):
@@ -150,7 +150,8 @@ def draw_ladder(runs):
 def draw_ablation(runs):
     """Return a figure of the final holdout accuracy, seed by seed, and its mean, a panel for each table."""
     figure = utils.new_figure(10, 4.2)
-    for axes, (title, rows) in zip(figure.subplots(1, 3, width_ratios=(3, 2, 2)), GROUPS.items(), strict=True):
+    panels = figure.subplots(1, 3, sharex=True, width_ratios=(3, 2, 2))
+    for axes, (title, rows) in zip(panels, GROUPS.items(), strict=True):
         rows = [row for row in rows if row in runs]
         for place, row in enumerate(rows):
             scores = last(runs[row])
