@@ -389,6 +389,7 @@ def begin(args, seed, constants, parts):
             reason = error if isinstance(error, UserError) else "it is no checkpoint of this program"
             raise UserError(f"cannot resume from {path}: {reason}; {advice}") from None
         print(f"{path}: {len(history)} of {args.epochs} epochs are done.", flush=True)
+        SAVED.append(path)
         return saved["record"]
     if args.resume:
         print(f"There is no {path} to resume from: training from the first epoch.", flush=True)
@@ -642,7 +643,7 @@ def plot_misclassified(name, images, labels, logits, most=40):
 
 def prepare_digit(file):
     """Return the digit in a picture file in MNIST's format: uint8 (1, 1, 28, 28), white on black, the longer side 20
-    pixels, the center of mass in the middle (LeCun et al., http://yann.lecun.com/exdb/mnist/). Raises ValueError.
+    pixels, the center of mass on pixel 14 of 0 to 27 (LeCun et al., http://yann.lecun.com/exdb/mnist/). Raises ValueError.
     """
     marks = find_marks(picture := read_picture(file))
     if not marks.any():  # a digit cut to its ink, or at the border: give it a margin
@@ -670,11 +671,10 @@ def prepare_digit(file):
     ink = scaled((ink * (ink > 0.15))[top:bottom, left:right], 20)
     ink, (height, width) = ink / ink.max(), ink.shape
     # Of all digits only a 1 is about a rectangle: it is narrow and has no hole. None fills a wide box.
-    frame = squareness(shape) > 0.88 and (width > height / 2 or holes(shape))
+    frame = squareness(shape) > 0.93 and (width > height / 2 or holes(shape))
     if texture or frame or width > 2 * height or (width > height / 2 and ink.mean() > 0.65):
         raise ValueError("a texture, a frame, a bar or a blob, not a digit")
     mass = (ink.nonzero().T * ink[ink > 0]).sum(1) / ink.sum()
-    # The centers of mass of MNIST's own digits lie on pixel 14 of 0 to 27.
     top, left = (14 - mass).round().int().clamp(min=0).minimum(28 - torch.tensor(ink.shape)).tolist()
     return (255 * F.pad(ink, (left, 28 - width - left, top, 28 - height - top))).round().to(torch.uint8)[None, None]
 
@@ -685,7 +685,7 @@ def find_marks(picture):
     contrast = (F.max_pool2d(gray, 5, 1, 2) + F.max_pool2d(-gray, 5, 1, 2))[0]
     zones = regions(contrast < max(12, contrast.max() / 8))  # even but for grain and the ripples of JPEG
     # A page, or a desk, is about a rectangle, at any angle; the inside of a thick stroke is not.
-    marks = [hole for zone in zones if squareness(zone) > 0.82 for hole in holes(zone)]
+    marks = [hole for zone in zones if squareness(zone) > 0.78 for hole in holes(zone)]
     # A sheet on a desk is a mark of the desk: the innermost count, but for specks in the loop of a digit.
     sides = [(mark, mark.sum(), (box(mark)[1] - box(mark)[0]).max()) for mark in marks[:50]]
     marks = [m for m, n, a in sides if not any((m & o).any() and k < n and b > a / 10 + 4 for o, k, b in sides)]
@@ -695,10 +695,10 @@ def find_marks(picture):
 
 def squareness(mask):
     """Return what part of the smallest rectangle around `mask`, at any angle, it covers once its holes are filled."""
-    turns = torch.arange(0, 180, 5).deg2rad()
+    turns = torch.arange(0, 180, 2).deg2rad()
     across = mask.nonzero().float() @ torch.stack([turns.cos(), turns.sin()])
     sides = across.amax(0) - across.amin(0) + 1
-    return sum((hole.sum() for hole in holes(mask)), mask.sum()) / (sides[:18] * sides[18:]).min()
+    return sum((hole.sum() for hole in holes(mask)), mask.sum()) / (sides[:45] * sides[45:]).min()
 
 
 def holes(mask):
@@ -731,7 +731,7 @@ def box(mask):  # the first row and column, and those after the last
 # Command line and errors ----------------------------------------------------------------------------------
 
 SAGEMAKER, YES = Path("/opt/ml"), ("true", "1", "yes", "on")
-LOCKS, SAVED = [], []  # this run's open descriptors of the directories it writes into, and the checkpoints it wrote
+LOCKS, SAVED = [], []  # this run's open descriptors of the directories it writes into, and its checkpoints
 
 
 class UserError(Exception):

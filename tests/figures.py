@@ -101,17 +101,24 @@ def print_ladder(runs):
     print_table(*rows)
 
 
+def same_seeds(runs, rows):
+    """Return the runs of `rows`, where there are any, with the seeds that all of them have."""
+    rows = [row for row in rows if row in runs]
+    seeds = sorted(set.intersection(*(set(runs[row]) for row in rows)))
+    return {row: {seed: runs[row][seed] for seed in seeds} for row in rows}
+
+
 def print_ablation(runs):
     """Print means of the whole recipe and, of each other row, mean differences from it and their standard errors."""
     for title, rows in GROUPS.items():
-        rows = [row for row in rows if row in runs]
-        seeds = sorted(set.intersection(*(set(runs[row]) for row in rows)))  # the same for each row
-        table = [(f"{title} ({len(seeds)} seeds)", "accuracy", "loss")]
-        for row in rows:
+        part_runs = same_seeds(runs, rows)
+        seeds = len(part_runs[WHOLE])
+        table = [(f"{title} ({seeds} seeds)", "accuracy", "loss")]
+        for row in part_runs:
             cells = [label(row, title)]
             for key, digits in (("test_acc", 2), ("test_loss", 4)):
-                whole, part = (last({seed: runs[name][seed] for seed in seeds}, key) for name in (WHOLE, row))
-                error = (part - whole).std() / len(seeds) ** 0.5
+                whole, part = last(part_runs[WHOLE], key), last(part_runs[row], key)
+                error = (part - whole).std() / seeds**0.5
                 difference = f"{(part - whole).mean():+.{digits}f} ± {error:.{digits}f}"
                 cells.append(f"{whole.mean():.{digits}f}" if row == WHOLE else difference)
             table.append(cells)
@@ -152,9 +159,9 @@ def draw_ablation(runs):
     figure = utils.new_figure(10, 4.2)
     panels = figure.subplots(1, 3, sharex=True, width_ratios=(3, 2, 2))
     for axes, (title, rows) in zip(panels, GROUPS.items(), strict=True):
-        rows = [row for row in rows if row in runs]
+        rows = same_seeds(runs, rows)
         for place, row in enumerate(rows):
-            scores = last(runs[row])
+            scores = last(rows[row])
             axes.plot(scores, [place] * len(scores), "o", color=utils.BLUE, alpha=0.5, label="one seed")
             mean = {"color": utils.ORANGE, "markersize": 18, "markeredgewidth": 3, "label": "mean"}
             axes.plot(scores.mean(), place, "|", **mean)

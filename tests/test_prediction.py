@@ -145,6 +145,22 @@ def test_the_inside_of_a_thick_stroke_is_no_page(tmp_path):
     assert middle[14] == 0 and middle.max() > 250
 
 
+def test_a_narrow_zero_is_no_frame(tmp_path):
+    page = Image.new("L", (200, 200), 240)
+    ImageDraw.Draw(page).rounded_rectangle((80, 30, 140, 160), 30, outline=0, width=12)
+    page.save(tmp_path / "zero.png")
+    assert utils.prepare_digit(tmp_path / "zero.png")[0, 0, 14, 14] == 0
+
+
+def test_a_sheet_may_be_seen_in_perspective(tmp_path):
+    plain = utils.prepare_digit(draw(tmp_path / "plain.png"))
+    desk, ink = Image.new("L", (400, 300), 60), Image.open(tmp_path / "plain.png").crop((40, 30, 160, 150))
+    ImageDraw.Draw(desk).polygon(((100, 40), (300, 40), (360, 260), (40, 260)), 220)
+    desk.paste(30, (140, 90), ink)
+    desk.save(tmp_path / "desk.png")
+    assert distance(utils.prepare_digit(tmp_path / "desk.png"), plain) < 6
+
+
 def test_any_small_picture_is_read_or_refused(tmp_path):
     chance = random.Random(0)
     for _ in range(60):
