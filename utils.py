@@ -685,7 +685,7 @@ def find_marks(picture):
     contrast = (F.max_pool2d(gray, 5, 1, 2) + F.max_pool2d(-gray, 5, 1, 2))[0]
     zones = regions(contrast < max(12, contrast.max() / 8))  # even but for grain and the ripples of JPEG
     # A page, or a desk, is about a rectangle, at any angle; the inside of a thick stroke is not.
-    marks = [hole for zone in zones if squareness(zone) > 0.78 for hole in holes(zone)]
+    marks = [hole for zone in zones if squareness(zone) > 0.82 for hole in holes(zone)]
     # A sheet on a desk is a mark of the desk: the innermost count, but for specks in the loop of a digit.
     sides = [(mark, mark.sum(), (box(mark)[1] - box(mark)[0]).max()) for mark in marks[:50]]
     marks = [m for m, n, a in sides if not any((m & o).any() and k < n and b > a / 10 + 4 for o, k, b in sides)]
