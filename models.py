@@ -1,7 +1,7 @@
 """The four networks of the ladder, and the dropout layer that three of them use.
 
 Each network takes normalized float images (N, 1, 28, 28), M3 and M4 also smaller ones, and returns logits (N, 10) for
-`F.cross_entropy`. No convolution has a bias: batch norm, where there is one, adds its own, and the parameters go into filters.
+`F.cross_entropy`. No convolution has a bias: batch norm, where there is one, adds its own. The parameters go into filters.
 
 The comment after a layer gives the side of its feature map, then its receptive field, both in pixels.
 """

@@ -197,10 +197,8 @@ def test_what_is_no_digit_is_refused(tmp_path, monkeypatch):
     for name, word in words.items():
         with pytest.raises(ValueError, match=word):
             utils.prepare_digit(tmp_path / name)
-    for most in (
-        50_000,
-        20_000,
-    ):  # of whole.png's 60,000 pixels: Pillow warns above this many, and refuses twice as many
+    # Of whole.png's 60,000 pixels: Pillow warns above this many, and refuses twice as many.
+    for most in (50_000, 20_000):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
         with pytest.raises(ValueError, match="60000 pixels"):
             utils.prepare_digit(tmp_path / "whole.png")
