@@ -770,7 +770,6 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     # SageMaker passes hyperparameters as the launcher spelled them, batch_size as well as batch-size.
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args([re.sub("^--[a-z][^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv])
-
     for option, low in {"epochs": 1, "batch_size": 1, "max_lr": 1e-9, "holdout": 0, "limit": 1, "target": 0}.items():
         number = getattr(args, option)
         if number is not None and not low <= number <= 1e6:
@@ -840,11 +839,12 @@ def run(main):
 
 
 def fail(error):
-    """Print `error` as one line on stderr, leave it where SageMaker looks for it, and return the exit status."""
+    """Leave `error` where SageMaker looks for it, print it as one line on stderr, and return the exit status."""
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail, too
     line = "error: " + " ".join(str(error).split())
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
         (SAGEMAKER / "output" / "failure").write_bytes(line.encode(errors="replace")[:1024])
+    with contextlib.suppress(OSError):  # stderr may be closed
+        print(line, file=sys.stderr, flush=True)
     return 2

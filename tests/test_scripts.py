@@ -151,6 +151,7 @@ def test_the_reason_of_a_failure_is_left_for_sagemaker(monkeypatch, tmp_path, ca
     (tmp_path / "checkpoints").mkdir()
     args = utils.parse_args("M4", "", 128, 0.01, ["--predict", "x.png"])
     assert args.resume and args.checkpoint_dir == tmp_path / "checkpoints"
+    monkeypatch.setattr(sys.stderr, "write", lambda text: os.close(-1))  # as a closed stderr does: OSError
     assert utils.fail("no\nroom " + "x" * 2000) == 2
     reason = (tmp_path / "output" / "failure").read_text()
     assert reason.startswith("error: no room x") and len(reason) == 1024
