@@ -1,7 +1,7 @@
 """The four networks of the ladder, and the dropout layer that three of them use.
 
-Each network takes normalized float images (N, 1, 28, 28), M3 and M4 also smaller ones, and returns logits (N, 10) for
-`F.cross_entropy`. No convolution has a bias: batch norm, where there is one, adds its own. The parameters go into filters.
+Each network takes normalized float images (N, 1, 28, 28) and returns logits (N, 10) for `F.cross_entropy`. M3 and M4
+also take smaller images. No convolution has a bias, to save parameters for filters; batch norm, if any, adds one.
 
 The comment after a layer gives the side of its feature map, then its receptive field, both in pixels.
 """
@@ -13,9 +13,9 @@ from torch import nn
 class Dropout(nn.Dropout):
     """`nn.Dropout` that works in place and, on the CPU, draws its random numbers once an epoch.
 
-    Drawing a random number for every activation takes long on a CPU. This layer draws a pool of masks, a quarter larger
-    than its input, and at each step cuts a mask out of it at a random offset. An activation is still dropped with
-    probability p and multiplied by 1 / (1 - p) otherwise. `renew_dropout` asks for a new pool.
+    Drawing a random number for every activation is slow on a CPU. This layer draws a pool of mask values, a quarter
+    larger than its input. Each step cuts its mask out of the pool at a random offset. An activation is still dropped
+    with probability p, and multiplied by 1 / (1 - p) otherwise. `renew_dropout` asks for a new pool.
 
     Source: Srivastava et al., 2014, https://jmlr.org/papers/v15/srivastava14a.html
     """

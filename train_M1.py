@@ -5,7 +5,7 @@ TARGET    A sound set-up and a skeleton below 8,000 parameters: 3x3 convolutions
 
 RESULT    99.15% on average over seeds 1 to 5, lowest 99.05; never below 98.98 in the last five epochs.
 
-ANALYSIS  The last layer is a ReLU: weights that start positive (see models.py) keep all ten classes alive on every seed.
+ANALYSIS  M1 ends in a ReLU, so conv7 starts with positive weights (see models.py). Every seed learns all ten classes.
           In the last epoch M1 scores as high in training as on the test set.
 """
 

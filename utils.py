@@ -39,19 +39,19 @@ from models import renew_dropout
 # Training -------------------------------------------------------------------------------------------------
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's 60,000 training images, pixels scaled to 0..1
-LIBC = ctypes.CDLL(None) if os.name == "posix" else None  # of which glibc takes advice on memory
+LIBC = ctypes.CDLL(None) if os.name == "posix" else None  # for mallopt and malloc_trim, where it has them
 
 
 def build(model_class, seed, device, *model_args):
     """Return a new `model_class(*model_args)` on `device`; the same seed gives the same weights."""
     if hasattr(LIBC, "mallopt"):
-        # Keep freed memory: to get it from the system again, page by page, slows each step down a lot.
+        # Keep freed memory: asking the system for it again, page by page, makes each step much slower.
         for option, value in (-3, 1 << 25), (-1, 1 << 30), (-8, 1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
             LIBC.mallopt(option, value)
-    torch.backends.cudnn.deterministic = True  # for the same figures from the same seed on a GPU, too
-    torch.backends.cudnn.allow_tf32 = False  # float32 shall mean float32 there
+    torch.backends.cudnn.deterministic = True  # the same seed gives the same figures on a GPU, too
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on a GPU, too
     torch.manual_seed(seed)
-    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format  # a CPU is faster so
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format  # channels_last: faster on a CPU
     return model_class(*model_args).to(device, memory_format=layout)
 
 
@@ -75,7 +75,7 @@ def train(model, average, data, optimizer, scheduler, batch_size, augment, borde
     # With one generator per network, the figures do not depend on how many threads there are or which is first.
     seeds = torch.randint(2**62, (3,)).tolist()
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds[: len(networks)]]
-    torch.manual_seed(seeds[2])  # for a GPU's dropout: the CPU's random state decides a whole run
+    torch.manual_seed(seeds[2])  # also seeds a GPU's dropout: the CPU's random state thus decides the whole run
     for network, generator in zip(networks, generators, strict=True):
         renew_dropout(network, generator)
     batches = torch.randperm(len(labels)).to(device).split(batch_size)[: len(labels) // batch_size]
@@ -119,7 +119,7 @@ def evaluate(model, images, labels, batch_size=200):
     images: uint8, (N, 1, 28, 28). labels: int64, (N,).
     """
     model.eval()
-    forward = torch.inference_mode()(lambda batch: model(normalize(batch / 255)))  # this mode is each thread's own
+    forward = torch.inference_mode()(lambda batch: model(normalize(batch / 255)))  # the mode is per thread
     with side_by_side(2 if images.device.type == "cpu" else 1) as parallel_map:
         logits = torch.cat(list(parallel_map(forward, images.split(batch_size))))
     accuracy = 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
@@ -147,13 +147,13 @@ def side_by_side(count):
 
 
 def augment_batch(pixels, rotation, shear, scale, shift, generator=None):
-    """Give each image a random rotation, shear, change of size and shift of its own, all uniform.
+    """Give each image its own random rotation, shear, change of size and shift, all drawn uniformly.
 
     pixels: float, (N, 1, H, W), background 0. rotation, shear: largest angle in degrees, either way. scale: largest
     change of size, 0.1 for 0.9 to 1.1. shift: largest move as a fraction of the side. generator: on the device of the
-    pixels, or None for torch's own. Returns the same shape and range; what comes in from outside is background.
+    pixels, or None for torch's own. Returns the same shape and range; pixels from outside the image are background.
 
-    torchvision's transforms draw one set of parameters for a whole batch.
+    torchvision's transforms would give every image of a batch the same draw.
     Source: https://pytorch.org/docs/stable/generated/torch.nn.functional.affine_grid.html
     """
     n = len(pixels)
@@ -173,9 +173,9 @@ def augment_batch(pixels, rotation, shear, scale, shift, generator=None):
 class Muon(torch.optim.SGD):
     """SGD with Nesterov momentum that orthogonalizes the update of each convolution, for networks with batch norm.
 
-    A convolution's weights are a matrix with a row for each output channel. In a plain update a few directions dominate;
-    here all singular values are about 1, so that rare directions are learned as fast. Batch norm's weights and biases
-    take the plain step. (`torch.optim.Muon` takes two-dimensional weights only.)
+    A convolution's weights are a matrix with a row for each output channel. A few directions dominate a plain update.
+    Here all singular values are about 1, so rare directions are learned as fast as common ones. Batch norm's weights
+    and biases take the plain step. (`torch.optim.Muon` takes two-dimensional weights only.)
 
     Source: Jordan, 2024, https://kellerjordan.github.io/posts/muon/, https://github.com/KellerJordan/cifar10-airbench
     """
@@ -198,17 +198,17 @@ class Muon(torch.optim.SGD):
             velocity = self.state[p]["velocity"].mul_(self.momentum).add_(gradient)
             p.grad.copy_(orthogonalize(gradient + self.momentum * velocity).view_as(p))
         super().step()
-        # Batch norm undoes the scale of every convolution but the last. At a fixed norm the rate alone decides how far a
-        # step turns one: the update's norm is about the same root, so a rate of 0.01 changes the weights by 1%.
+        # Batch norm undoes the scale of each convolution except the last, so we fix the norm at sqrt(output channels).
+        # An update has about the same norm: the rate alone decides how far a step turns the weights (0.01: about 1%).
         for p in self.param_groups[0]["params"][:-1]:
             p.mul_(math.sqrt(len(p)) / p.norm())
 
 
 def orthogonalize(matrix):
-    """Return `matrix`, float (rows, columns), with its singular values brought to between 0.7 and 1.2; those below
-    about 1/500 of its Frobenius norm end lower, and 0 stays 0.
+    """Return the float `matrix` (rows, columns) with its singular values brought to between 0.7 and 1.2.
 
-    Five steps of a Newton-Schulz iteration: products of matrices instead of a singular value decomposition.
+    Values below about 1/500 of its Frobenius norm end lower, and 0 stays 0.
+    Five Newton-Schulz steps do this with matrix products alone, without a singular value decomposition.
     Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
     """
     x = matrix / (matrix.norm() + 1e-7)
@@ -219,12 +219,12 @@ def orthogonalize(matrix):
 
 
 def one_cycle(optimizer, max_lr, steps, warmup):
-    """Return OneCycle: from `max_lr` / 25 up over the fraction `warmup` of `steps`, then along a cosine to almost 0.
+    """Return OneCycle: up from `max_lr` / 25 over the fraction `warmup` of `steps`, then down to almost 0, on cosines.
 
     Source: Smith and Topin, 2017, https://arxiv.org/abs/1708.07120
     """
     steps = max(steps, 3)
-    warmup = max(warmup, 2 / steps)  # torch divides by the steps of the way up, less one
+    warmup = max(warmup, 2 / steps)  # torch divides by the number of warm-up steps minus one
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, steps, pct_start=warmup, cycle_momentum=False)
 
 
@@ -236,7 +236,7 @@ def weight_average(model, decay):
     """
 
     def update(averages, weights, _):
-        step = int(average.n_averaged)  # stays on the CPU, so that a GPU is not waited for
+        step = int(average.n_averaged)  # on the CPU, so reading it does not wait for a GPU
         get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(averages, weights, None)
 
     average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
