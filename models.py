@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` that works in place and, on the CPU, draws its random numbers once an epoch.
+    """`nn.Dropout` that, on the CPU, works in place and draws its random numbers once an epoch.
 
     Drawing a random number for every activation is slow on a CPU. This layer draws a pool of mask values, a quarter
     larger than its input. Each step cuts its mask out of the pool at a random offset. An activation is still dropped

@@ -367,11 +367,8 @@ def begin(args, seed, constants, parts):
     constants: the script's globals; plain values with names in capitals are its recipe. parts: name to object with a
     state_dict. Raises UserError for a checkpoint that is damaged or of another model, seed or recipe.
     """
-    config = {"model": args.name, "seed": seed, "device": args.device.type}
-    for name, value in constants.items():
-        with contextlib.suppress(TypeError, ValueError):
-            if name.isupper():
-                config[name.lower()] = json.loads(json.dumps(value, allow_nan=False))
+    recipe = {name.lower(): value for name, value in constants.items() if name.isupper() and not callable(value)}
+    config = {"model": args.name, "seed": seed, "device": args.device.type} | recipe
     config |= {key: getattr(args, key) for key in ("epochs", "batch_size", "max_lr", "precision", "holdout", "limit")}
     path = seed_dir(args.checkpoint_dir, args, seed) / "checkpoint.pt"
     if args.resume and path.exists():
@@ -462,7 +459,7 @@ def finish(args, average, data, records):
     verdict = "not judged, there are fewer" if args.epochs < 5 else "missed" if missed else "met"
     print(f"target, {target:g}% in each of the last five epochs: {verdict}")
     directory = seed_dir(args.output_dir, args, args.seeds[-1])
-    print(f"model and metrics: {directory}\npictures: {', '.join(map(str, pictures))}")
+    print(f"model and metrics: {directory}")
     paths = [Path(sys.argv[0]), "--output-dir", directory, "--images-dir", args.images_dir]
     print(f"next: python {shlex.join(str(p).replace(os.sep, '/') for p in paths)} --predict PICTURE", flush=True)
     return 3 if missed and args.target is not None else 0
@@ -480,7 +477,7 @@ def read_digits(args, model_class):
         raise UserError(f"{path} does not hold the weights of a {model_class.__name__}") from None
     for name in map(str, args.predict):
         inside = sorted(glob.glob(f"{glob.escape(name)}/*"))  # of a folder
-        pictures = [file for file in inside if (mimetypes.guess_type(file)[0] or "").startswith("image")]
+        pictures = [file for file in inside if (mimetypes.guess_type(file, strict=False)[0] or "").startswith("image")]
         matches = [] if os.path.exists(name) else sorted(glob.glob(name))  # not every shell expands *.png
         files += pictures or matches or [name]
     for file in files:
@@ -496,7 +493,7 @@ def read_digits(args, model_class):
     if digits:
         picture = args.images_dir / f"{args.name}_predictions.png"
         save_picture(picture, plot_digits, f"{args.name}: as the network saw them", torch.cat(digits), captions)
-        print(f"read with {path}; what the network saw: {picture}")
+        print(f"read with {path}; the picture shows what the network saw")
     return status
 
 
@@ -553,12 +550,13 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, for color-blind 
 
 
 def save_picture(path, draw, *args):
-    """Save the figure that `draw(*args)` returns as the PNG file `path`. A failure is reported, not raised."""
+    """Save the figure that `draw(*args)` returns as the PNG file `path`, or say why not: a failure is not raised."""
     try:
         import matplotlib.style
 
         with matplotlib.style.context("default"):
             write_file(path, draw(*args).savefig)
+        print(f"picture: {path}", flush=True)
     except Exception as error:  # noqa: BLE001
         print(f"{path} could not be drawn: {error}", file=sys.stderr, flush=True)
 
@@ -670,9 +668,10 @@ def prepare_digit(file):
     (top, left), (bottom, right) = box(ink > 0.15)  # fainter is the paper's
     ink = scaled((ink * (ink > 0.15))[top:bottom, left:right], 20)
     ink, (height, width) = ink / ink.max(), ink.shape
-    # Of all digits only a 1 is about a rectangle: it is narrow and has no hole. None fills a wide box.
-    frame = squareness(shape) > 0.93 and (width > height / 2 or holes(shape))
-    if texture or frame or width > 2 * height or (width > height / 2 and ink.mean() > 0.65):
+    # A 1 may be about a rectangle, but is narrow and has no hole. A printed 8 may be, but has two.
+    wide, inside = width > height / 2, len(holes(shape))
+    frame = squareness(shape) > 0.93 and inside != 2 and (wide or inside)
+    if texture or frame or width > 2 * height or (wide and not inside and ink.mean() > 0.65):
         raise ValueError("a texture, a frame, a bar or a blob, not a digit")
     mass = (ink.nonzero().T * ink[ink > 0]).sum(1) / ink.sum()
     top, left = (14 - mass).round().int().clamp(min=0).minimum(28 - torch.tensor(ink.shape)).tolist()
@@ -831,7 +830,8 @@ def run(main):
         status = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
         if status in (130, 143) and SAVED:
             command = shlex.join(["python", *sys.argv, "--resume", "true"])  # the last --resume counts
-            print(f"\nStopped. Finished epochs are kept; continue with: {command}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # Ctrl-C has ended what stderr was piped into, too
+                print(f"\nStopped. Finished epochs are kept; continue with: {command}", file=sys.stderr, flush=True)
     finally:
         signal.signal(signal.SIGTERM, before)
         lock()

@@ -101,26 +101,23 @@ def print_ladder(runs):
     print_table(*rows)
 
 
-def same_seeds(runs, rows):
-    """Return the runs of `rows`, where there are any, with the seeds that all of them have."""
-    rows = [row for row in rows if row in runs]
-    seeds = sorted(set.intersection(*(set(runs[row]) for row in rows)))
-    return {row: {seed: runs[row][seed] for seed in seeds} for row in rows}
+def differences(runs, row, key="test_acc"):
+    """Return the final figures of `row` less those of the whole recipe, for each seed that both have."""
+    seeds = sorted(runs[row].keys() & runs[WHOLE].keys())
+    part, whole = ({seed: runs[name][seed] for seed in seeds} for name in (row, WHOLE))
+    return last(part, key) - last(whole, key)
 
 
 def print_ablation(runs):
     """Print means of the whole recipe and, of each other row, mean differences from it and their standard errors."""
     for title, rows in GROUPS.items():
-        part_runs = same_seeds(runs, rows)
-        seeds = len(part_runs[WHOLE])
-        table = [(f"{title} ({seeds} seeds)", "accuracy", "loss")]
-        for row in part_runs:
-            cells = [label(row, title)]
+        table = [(title, "seeds", "accuracy", "loss")]
+        for row in (row for row in rows if row in runs):
+            cells = [label(row, title), str(len(differences(runs, row)))]
             for key, digits in (("test_acc", 2), ("test_loss", 4)):
-                whole, part = last(part_runs[WHOLE], key), last(part_runs[row], key)
-                error = (part - whole).std() / seeds**0.5
-                difference = f"{(part - whole).mean():+.{digits}f} ± {error:.{digits}f}"
-                cells.append(f"{whole.mean():.{digits}f}" if row == WHOLE else difference)
+                change = differences(runs, row, key)
+                text = f"{change.mean():+.{digits}f} ± {change.std() / len(change) ** 0.5:.{digits}f}"
+                cells.append(f"{last(runs[WHOLE], key).mean():.{digits}f}" if row == WHOLE else text)
             table.append(cells)
         print_table(*(table if title == "one part changed" else zip(*table, strict=True)))
 
@@ -155,18 +152,19 @@ def draw_ladder(runs):
 
 
 def draw_ablation(runs):
-    """Return a figure of the final holdout accuracy, seed by seed, and its mean, a panel for each table."""
+    """Return a figure of the differences in final accuracy, seed by seed, and their means, a panel for each table."""
     figure = utils.new_figure(10, 4.2)
     panels = figure.subplots(1, 3, sharex=True, width_ratios=(3, 2, 2))
     for axes, (title, rows) in zip(panels, GROUPS.items(), strict=True):
-        rows = same_seeds(runs, rows)
+        rows = [row for row in rows if row in runs and row != WHOLE]
         for place, row in enumerate(rows):
-            scores = last(rows[row])
-            axes.plot(scores, [place] * len(scores), "o", color=utils.BLUE, alpha=0.5, label="one seed")
+            change = differences(runs, row)
+            axes.plot(change, [place] * len(change), "o", color=utils.BLUE, alpha=0.5, label="one seed")
             mean = {"color": utils.ORANGE, "markersize": 18, "markeredgewidth": 3, "label": "mean"}
-            axes.plot(scores.mean(), place, "|", **mean)
+            axes.plot(change.mean(), place, "|", **mean)
         names = [label(row, title) for row in rows]
-        axes.set(yticks=range(len(rows)), yticklabels=names, title=title, xlabel="final accuracy (%)")
+        axes.set(yticks=range(len(rows)), yticklabels=names, title=title, xlabel="change in accuracy (points)")
+        axes.axvline(0, color="black", linestyle="--", linewidth=1)
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
         axes.margins(y=0.15)

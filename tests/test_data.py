@@ -41,38 +41,23 @@ def test_holdout_and_limit(small_md5, data_dir):
             utils.load_data(data_args(data_dir, **wrong))
 
 
-DAMAGES = {
-    "truncated": lambda content: content[:-100],
-    "empty": lambda content: b"",
-    "html": lambda content: b"<html>403</html>",
-    "wrong magic number": lambda content: b"\0\0\x09" + content[3:],
-    "wrong count": lambda content: content[:4] + b"\xff" + content[5:],
-    "missing": None,
-    "a directory": None,
-    "not packed at all": None,
-}
+DAMAGES = [("missing", False), ("cut", False), ("cut", True), ("not packed", True), ("a directory", False)]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_file_is_named(small_md5, contents, tmp_path, damage, packed):
+@pytest.mark.parametrize("damage, packed", DAMAGES)
+def test_a_damaged_file_is_named_and_a_channel_is_never_written(small_md5, contents, tmp_path, damage, packed):
     place(contents, tmp_path, packed)
     path = tmp_path / (IMAGES + (".gz" if packed else ""))
+    content = path.read_bytes()
     path.unlink()
-    if DAMAGES[damage]:
-        place({IMAGES: DAMAGES[damage](contents[IMAGES])}, tmp_path, packed)
-    elif damage == "a directory":
+    if damage == "a directory":
         path.mkdir()
-    elif damage == "not packed at all":
-        path.write_bytes(b"\x1f\x8b" + contents[IMAGES][:100])
+    elif damage != "missing":
+        path.write_bytes(content[:-100] if damage == "cut" else b"\x1f\x8b" + bytes(100))
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError if damage == "missing" else utils.UserError, match=IMAGES):
         utils.load_data(data_args(tmp_path, read_only_data=True))
-
-
-def test_channel_is_never_written(small_md5, tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match="train-images"):
-        utils.load_data(data_args(tmp_path, read_only_data=True))
-    assert not list(tmp_path.iterdir()) and "Trying" not in capsys.readouterr().out
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ COUNTS = {"M1": 6590, "M2": 3944, "M3": 7676, "M4": 7600}
 def test_the_readme_has_the_table_that_torchsummary_prints(name, capsys):
     summary(NETWORKS[name](), (1, 28, 28), device="cpu")
     printed = capsys.readouterr().out.partition("Trainable params")[0].splitlines()
-    section = (ROOT / "README.md").read_text().partition(f"## {name}")[2].partition("\n## ")[0]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition(f"## {name}")[2].partition("\n## ")[0]
     assert section.partition("```\n")[2].partition("```")[0].splitlines() == printed
     assert f"Total params: {COUNTS[name]:,}" in printed
 
@@ -52,11 +52,10 @@ def test_no_class_of_m1_starts_dead(seed):
     assert (logits > 0).float().mean(0).min() > 0.9
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_dropout_statistics(layout):
+def test_dropout_statistics():
     torch.manual_seed(0)
     layer = models.Dropout(0.2)
-    x = torch.ones(64, 8, 26, 26).contiguous(memory_format=layout)
+    x = torch.ones(64, 8, 26, 26).contiguous(memory_format=torch.channels_last)
     masks = torch.stack([layer(x.clone()) for _ in range(30)])
     assert masks.unique().tolist() == [0, 1.25]
     assert (masks == 0).float().mean().item() == pytest.approx(0.2, abs=0.002)

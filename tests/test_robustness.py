@@ -1,7 +1,6 @@
 """Interruption, full disks, other people's files and other people's settings."""
 
 import os
-import pickle
 import random
 import subprocess
 import time
@@ -74,17 +73,11 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(run_script, tmp_path):
     refused(run_script("train_M3.py", *again, output="killed"), "model M4, not M3")
     (tmp_path / "killed" / "model.pt").unlink()
     done = run_script("train_M4.py", *again, output="killed")
+    assert f"{tmp_path / 'killed' / 'checkpoint.pt'}: 5 of 5 epochs are done" in done.stdout
     assert done.returncode == 0 and "epoch=" not in done.stdout and (tmp_path / "killed" / "model.pt").exists()
-
-
-def test_resume_says_where_it_looked_and_what_it_does(run_script, tmp_path):
-    options = ("--epochs", "1", "--batch-size", "60")
-    assert run_script("train_M1.py", *options, "--seeds", "1", "2").returncode == 0
-    done = run_script("train_M1.py", *options, "--seeds", "2", "--resume")
+    done = run_script("train_M1.py", "--epochs", "1", "--resume", output="new")
     assert done.returncode == 0 and "epoch=1 " in done.stdout
-    assert f"There is no {tmp_path / 'out' / 'checkpoint.pt'} to resume from: training from the first" in done.stdout
-    done = run_script("train_M1.py", *options, "--seeds", "2", "--resume")
-    assert f"{tmp_path / 'out' / 'checkpoint.pt'}: 1 of 1 epochs are done" in done.stdout
+    assert f"There is no {tmp_path / 'new' / 'checkpoint.pt'} to resume from: training from the first" in done.stdout
 
 
 @posix
@@ -172,31 +165,19 @@ def test_loss_that_is_no_number_keeps_the_checkpoint(run_script, tmp_path):
 def test_files_with_code_are_refused(run_script, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "checkpoint.pt").write_bytes(pickle.dumps(Code(tmp_path / "pickled")))
-    refused(run_script("train_M2.py", "--resume"), "checkpoint.pt")
     torch.save({"state_dict": {}}, out / "checkpoint.pt")  # somebody else's
     refused(run_script("train_M2.py", "--resume"), "cannot resume from", "checkpoint.pt")
     torch.save({"model": Code(tmp_path / "saved")}, out / "model.pt")
     with pytest.raises(utils.UserError, match="model.pt cannot be used"):
         utils.load_file(out / "model.pt")
-    assert not (tmp_path / "pickled").exists() and not (tmp_path / "saved").exists()
+    assert not (tmp_path / "saved").exists()
 
 
-def test_a_damaged_model_is_refused_or_unchanged(tmp_path):
-    path, chance, refusals = tmp_path / "model.pt", random.Random(0), 0
-    weights = models.MNIST_CNN_M4().state_dict()
-    torch.save(weights, path)
-    whole = path.read_bytes()
-    for _ in range(300):
-        damaged = bytearray(whole)
-        for _ in range(chance.randint(1, 4)):
-            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            loaded = utils.load_file(path)
-        except utils.UserError as error:
-            assert str(path) in str(error)
-            refusals += 1
-        else:  # the archive's padding was hit
-            assert all(torch.equal(loaded[key], value) for key, value in weights.items())
-    assert refusals > 200
+def test_a_flipped_bit_in_a_model_is_found(tmp_path):
+    path, model = tmp_path / "model.pt", models.MNIST_CNN_M4()
+    torch.save(model.state_dict(), path)
+    content = bytearray(path.read_bytes())
+    content[content.index(model.conv6.weight.detach().numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(utils.UserError, match="model.pt cannot be used.*checksum"):
+        utils.load_file(path)
