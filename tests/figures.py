@@ -165,6 +165,7 @@ def draw_ablation(runs):
         names = [label(row, title) for row in rows]
         axes.set(yticks=range(len(rows)), yticklabels=names, title=title, xlabel="change in accuracy (points)")
         axes.axvline(0, color="black", linestyle="--", linewidth=1)
+        axes.locator_params("x", nbins=4)
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
         axes.margins(y=0.15)

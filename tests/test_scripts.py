@@ -186,6 +186,14 @@ def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, 
     utils.lock()
 
 
+def test_digits_are_drawn_in_each_kind_of_picture(tmp_path, capsys):
+    torch.save(NETWORKS["M4"]().state_dict(), tmp_path / "model.pt")
+    images, labels = draw_digits(6, 5)
+    figures.print_digits(tmp_path / "model.pt", images[1:], labels[1:], 2)  # a 0 of seven segments is a frame
+    cells = next(line for line in capsys.readouterr().out.splitlines() if "refused" in line).split(" | ")
+    assert len(cells) == 9 and cells[1] == "0.00%" and cells[-1] == "100.00% |"
+
+
 def test_two_scripts_differ_in_model_recipe_and_docstring_only():
     bodies = [(ROOT / f"train_{name}.py").read_text().partition("def main")[2] for name in ("M3", "M4")]
     assert bodies[0].replace("M3", "M4") == bodies[1] and "for epoch in" in bodies[0]
