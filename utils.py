@@ -367,7 +367,8 @@ def begin(args, seed, constants, parts):
     constants: the script's globals; plain values with names in capitals are its recipe. parts: name to object with a
     state_dict. Raises UserError for a checkpoint that is damaged or of another model, seed or recipe.
     """
-    recipe = {name.lower(): value for name, value in constants.items() if name.isupper() and not callable(value)}
+    plain = int | float | str | list | tuple | dict | None
+    recipe = {name.lower(): value for name, value in constants.items() if name.isupper() and isinstance(value, plain)}
     config = {"model": args.name, "seed": seed, "device": args.device.type} | recipe
     config |= {key: getattr(args, key) for key in ("epochs", "batch_size", "max_lr", "precision", "holdout", "limit")}
     path = seed_dir(args.checkpoint_dir, args, seed) / "checkpoint.pt"
@@ -602,14 +603,13 @@ def plot_confusion(name, labels, logits):
     """Return a figure of how often each digit was read as each other one; those read right are left out."""
     counts = torch.bincount(10 * labels + logits.argmax(1), minlength=100).view(10, 10)
     wrong = counts - counts.diag().diag()
-    figure = new_figure(5.2, 5)
-    axes = figure.subplots()
+    axes = new_figure(5.2, 5).subplots()
     axes.imshow(wrong.numpy(), cmap="Blues", vmax=1.5 * max(4, wrong.max().item()))
     for true, read in wrong.nonzero().tolist():
         axes.text(read, true, int(wrong[true, read]), ha="center", va="center")
     axes.set(xticks=range(10), yticks=range(10), xlabel="read as (digit)", ylabel="true (digit)")
     axes.set_title(f"{name}: {wrong.sum().item():,} of {len(labels):,} images misread")
-    return figure
+    return axes.figure
 
 
 def plot_digits(title, digits, captions):
@@ -668,10 +668,10 @@ def prepare_digit(file):
     (top, left), (bottom, right) = box(ink > 0.15)  # fainter is the paper's
     ink = scaled((ink * (ink > 0.15))[top:bottom, left:right], 20)
     ink, (height, width) = ink / ink.max(), ink.shape
-    # A 1 may be about a rectangle, but is narrow and has no hole. A printed 8 may be, but has two.
+    # A 1 may be a rectangle, but is narrow and has no hole. An 8 may be one, or fill its box, but has two.
     wide, inside = width > height / 2, len(holes(shape))
     frame = squareness(shape) > 0.93 and inside != 2 and (wide or inside)
-    if texture or frame or width > 2 * height or (wide and not inside and ink.mean() > 0.65):
+    if texture or frame or width > 2 * height or (wide and inside != 2 and ink.mean() > 0.65):
         raise ValueError("a texture, a frame, a bar or a blob, not a digit")
     mass = (ink.nonzero().T * ink[ink > 0]).sum(1) / ink.sum()
     top, left = (14 - mass).round().int().clamp(min=0).minimum(28 - torch.tensor(ink.shape)).tolist()

@@ -154,6 +154,13 @@ def test_target_is_held_by_each_of_the_last_five_epochs(target, status, tmp_path
     utils.lock()
 
 
+def test_only_plain_constants_are_part_of_the_recipe(tmp_path):
+    args = utils.parse_args("M4", "", 128, 0.01, ["--output-dir", str(tmp_path), "--predict", "x"])
+    constants = {"RATE": 0.1, "NONE": None, "NET": NETWORKS["M4"], "T": torch.ones(1), "OS": os, "lower": 1}
+    config = utils.begin(args, 1, constants, {})["config"]
+    assert config["rate"] == 0.1 and config["none"] is None and not {"net", "t", "os", "lower"} & set(config)
+
+
 def test_the_figures_are_those_of_the_results(capsys):
     runs = figures.read_results(figures.RESULTS)
     figures.print_ladder(runs)
