@@ -457,7 +457,7 @@ def finish(args, average, data, records):
         write_file(args.output_dir / "summary.json", lambda file: file.write(json.dumps(table, indent=1).encode()))
     target = 99.4 if args.target is None else args.target
     missed = args.epochs < 5 or min(summary["last5_min"] for summary in summaries) < target
-    verdict = "not judged, there are fewer" if args.epochs < 5 else "missed" if missed else "met"
+    verdict = "not judged, the run is shorter" if args.epochs < 5 else "missed" if missed else "met"
     print(f"target, {target:g}% in each of the last five epochs: {verdict}")
     directory = seed_dir(args.output_dir, args, args.seeds[-1])
     print(f"model and metrics: {directory}")

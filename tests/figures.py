@@ -242,7 +242,10 @@ def print_digits(path, test_images, labels, count):
     """Print how the M4 in `path` reads pictures made of the first `count` test images."""
     model = models.MNIST_CNN_M4().eval()
     rows = [(f"pictures, {count:,} each", "right", "refused", "wrong, over 90% sure")]
-    model.load_state_dict(utils.load_file(path))
+    try:
+        model.load_state_dict(utils.load_file(path))
+    except RuntimeError:
+        raise utils.UserError(f"{path} does not hold the weights of an M4") from None
     digits = [Image.fromarray(image[0].numpy()) for image in test_images[:count]]
     for kind in KINDS:
         right = refused = sure = 0

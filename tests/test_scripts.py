@@ -63,7 +63,7 @@ def test_m4_learns_mnist(tmp_path):
 def test_several_seeds_same_seed_same_figures(run_script, tmp_path):
     options = ("--epochs", "1", "--target", "99.9", "--seeds")
     done = run_script("train_M4.py", *options, "[3, 4]")
-    assert done.returncode == 3 and "not judged, there are fewer" in done.stdout
+    assert done.returncode == 3 and "not judged, the run is shorter" in done.stdout
     assert [line.split()[0] for line in done.stdout.splitlines() if "epoch=" in line] == ["seed=3", "seed=4"]
     assert run_script("train_M4.py", *options, "3", output="again").returncode == 3
     again, three, four = tmp_path / "again", tmp_path / "out" / "seed-3", tmp_path / "out" / "seed-4"
