@@ -494,7 +494,7 @@ def read_digits(args, model_class):
     if digits:
         picture = args.images_dir / f"{args.name}_predictions.png"
         save_picture(picture, plot_digits, f"{args.name}: as the network saw them", torch.cat(digits), captions)
-        print(f"read with {path}; the picture shows what the network saw")
+        print(f"read with {path}")
     return status
 
 
@@ -557,9 +557,10 @@ def save_picture(path, draw, *args):
 
         with matplotlib.style.context("default"):
             write_file(path, draw(*args).savefig)
-        print(f"picture: {path}", flush=True)
     except Exception as error:  # noqa: BLE001
         print(f"{path} could not be drawn: {error}", file=sys.stderr, flush=True)
+    else:
+        print(f"picture: {path}", flush=True)
 
 
 def new_figure(width, height):
@@ -620,8 +621,7 @@ def plot_digits(title, digits, captions):
     figure.subplots(rows, 10, subplot_kw={"frame_on": False, "xticks": (), "yticks": ()})
     for axes, digit, caption in zip(figure.axes, digits, captions, strict=False):
         axes.imshow(digit[0].numpy(), cmap="gray_r", vmin=0, vmax=255)
-        caption = caption.encode("latin-1", "backslashreplace").decode("latin-1")  # the font's
-        axes.set_title(caption, fontsize=8, parse_math=False)
+        axes.set_title(caption.encode("latin-1", "backslashreplace").decode("latin-1"), fontsize=8, parse_math=False)
     return figure
 
 
