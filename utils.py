@@ -753,7 +753,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     add("--batch-size", type=int, default=batch_size, help=f"default: {batch_size}")
     add("--max-lr", type=float, default=max_lr, help=f"peak, or constant, rate; default: {max_lr}")
     add("--seeds", nargs="+", default=["1"], help="one full run for each seed; default: 1")
-    add("--device", default="auto", help="auto (a GPU if there is one, or else the CPU), cpu, cuda, cuda:N or mps")
+    add("--device", default="auto", help="auto (a GPU if there is one, or else the CPU), cpu, cuda, cuda:N or mps)")
     add("--precision", choices=("float32", "bfloat16"), default="float32", help="of the activations in training")
     add("--holdout", type=int, default=0, metavar="N", help="train without N images and test on them instead")
     add("--limit", type=int, metavar="N", help="train on the first N images only")
@@ -778,7 +778,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         args.device = torch.device(auto if args.device == "auto" else args.device)
         torch.Generator(args.device)  # is it there?
     except Exception as error:  # noqa: BLE001
-        parser.error(f"argument --device: {error}")
+        parser.error(f"argument --device: {str(error).splitlines()[0].rstrip('.')}; use auto, cpu, cuda, cuda:N or mps")
     seeds = " ".join(args.seeds).strip("[]").replace(",", " ").split()  # SageMaker's lists are one string
     args.seeds = [int(seed) for seed in seeds if seed.isdecimal() and int(seed) < 2**63]
     if not 0 < len(seeds) == len(set(args.seeds)):

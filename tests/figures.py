@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from ablation import LENGTHS, NETWORKS, PARTS, ROWS, WHOLE, directory
 from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
 
 import models
 import train_M4
@@ -249,7 +250,7 @@ def print_digits(path, test_images, labels, count):
     digits = [Image.fromarray(image[0].numpy()) for image in test_images[:count]]
     for kind in KINDS:
         right = refused = sure = 0
-        for number, digit in enumerate(digits):
+        for number, digit in enumerate(tqdm(digits, kind, leave=False, disable=None)):
             chance, file = random.Random(number), io.BytesIO()
             page = draw_picture(kind, digit, digits[number - 1], chance)
             (page if chance.random() < 0.5 else ImageOps.invert(page)).save(file, "png")
