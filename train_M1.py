@@ -12,6 +12,7 @@ ANALYSIS  M1 ends in a ReLU, so conv7 starts with positive weights (see models.p
 import time
 
 import torch
+from torchsummary import summary
 
 import utils
 from models import MNIST_CNN_M1
@@ -28,7 +29,7 @@ def main():
     if args.predict:
         return utils.read_digits(args, MNIST_CNN_M1)
     data = utils.load_data(args)
-    utils.print_table(MNIST_CNN_M1())
+    summary(MNIST_CNN_M1(), (1, 28, 28), device="cpu")
     records = []
     for seed in args.seeds:
         model = utils.build(MNIST_CNN_M1, seed, args.device)

@@ -12,6 +12,7 @@ ANALYSIS  Each with its own recipe, M2 is as accurate as M1 with two fifths fewe
 import time
 
 import torch
+from torchsummary import summary
 
 import utils
 from models import MNIST_CNN_M2
@@ -29,7 +30,7 @@ def main():
     if args.predict:
         return utils.read_digits(args, MNIST_CNN_M2)
     data = utils.load_data(args)
-    utils.print_table(MNIST_CNN_M2())
+    summary(MNIST_CNN_M2(), (1, 28, 28), device="cpu")
     records = []
     for seed in args.seeds:
         model = utils.build(MNIST_CNN_M2, seed, args.device, DROPOUT)

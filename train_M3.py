@@ -5,11 +5,12 @@ TARGET    More filters, because M2 underfits; the max-pool after four convolutio
 
 RESULT    99.52% on average over seeds 1 to 5, lowest 99.47; never below 99.41 in the last five epochs.
 
-ANALYSIS  This is the ladder's largest step. Averaged weights keep the last epochs close to each other.
-          Accuracy jumps at epoch 7, when training returns to whole images.
+ANALYSIS  This is the ladder's largest step. Accuracy jumps at epoch 7, when training returns to whole images.
 """
 
 import time
+
+from torchsummary import summary
 
 import utils
 from models import MNIST_CNN_M3
@@ -31,7 +32,7 @@ def main():
     if args.predict:
         return utils.read_digits(args, MNIST_CNN_M3)
     data = utils.load_data(args)
-    utils.print_table(MNIST_CNN_M3())
+    summary(MNIST_CNN_M3(), (1, 28, 28), device="cpu")
     records = []
     for seed in args.seeds:
         model = utils.build(MNIST_CNN_M3, seed, args.device, DROPOUT)

@@ -5,11 +5,12 @@ TARGET    99.4% in each of the last five epochs, on every seed. To get there, M4
 
 RESULT    99.54% on average over seeds 1 to 20, lowest 99.42; never below 99.41 in the last five epochs.
 
-ANALYSIS  With M3's recipe and parameter budget M4 is as accurate as M3, but multiplies 1.09 million times an image
-          instead of 1.84.
+ANALYSIS  As accurate as M3, with the same recipe and budget, at 1.09 instead of 1.84 million multiplications an image.
 """
 
 import time
+
+from torchsummary import summary
 
 import utils
 from models import MNIST_CNN_M4
@@ -31,7 +32,7 @@ def main():
     if args.predict:
         return utils.read_digits(args, MNIST_CNN_M4)
     data = utils.load_data(args)
-    utils.print_table(MNIST_CNN_M4())
+    summary(MNIST_CNN_M4(), (1, 28, 28), device="cpu")
     records = []
     for seed in args.seeds:
         model = utils.build(MNIST_CNN_M4, seed, args.device, DROPOUT)

