@@ -753,7 +753,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     add("--batch-size", type=int, default=batch_size, help=f"default: {batch_size}")
     add("--max-lr", type=float, default=max_lr, help=f"peak, or constant, rate; default: {max_lr}")
     add("--seeds", nargs="+", default=["1"], help="one full run for each seed; default: 1")
-    add("--device", default="auto", help="auto (a GPU if there is one, or else the CPU), cpu, cuda, cuda:N or mps)")
+    add("--device", default="auto", help="auto (a GPU if there is one, or else the CPU), cpu, cuda, cuda:N or mps")
     add("--precision", choices=("float32", "bfloat16"), default="float32", help="of the activations in training")
     add("--holdout", type=int, default=0, metavar="N", help="train without N images and test on them instead")
     add("--limit", type=int, metavar="N", help="train on the first N images only")
