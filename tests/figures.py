@@ -179,11 +179,9 @@ def draw_augmentation(images):
     torch.manual_seed(1)
     upright = utils.straighten(images[:5])
     draws = [255 * utils.augment_batch(upright / 255, **train_M4.AUGMENT) for _ in range(8)]
-    digits, captions = (
-        torch.stack([images[:5], upright, *draws], 1).flatten(0, 1),
-        ["original", "straightened", *[""] * 8],
-    )
-    return utils.plot_digits("Five training digits, straightened, and eight draws of each", digits, captions * 5)
+    digits = torch.stack([images[:5], upright, *draws], 1).flatten(0, 1)
+    captions = ["original", "straightened", *[""] * 8] * 5
+    return utils.plot_digits("Five training digits, straightened, and eight draws of each", digits, captions)
 
 
 def ink(digit, side):
@@ -249,7 +247,7 @@ def print_digits(path, test_images, labels, count):
     rows = [(f"pictures, {count:,} each", "right", "refused", "wrong, over 90% sure")]
     try:
         model.load_state_dict(utils.load_file(path))
-    except RuntimeError:
+    except (RuntimeError, TypeError, AttributeError):
         raise utils.UserError(f"{path} does not hold the weights of an M4") from None
     digits = [Image.fromarray(image[0].numpy()) for image in test_images[:count]]
     for kind in KINDS:
