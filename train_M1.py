@@ -28,7 +28,7 @@ def main():
     args = utils.parse_args("M1", __doc__, BATCH_SIZE, MAX_LR)
     if args.predict:
         return utils.read_digits(args, MNIST_CNN_M1)
-    data = utils.load_data(args)
+    data = utils.load_data(args)  # straightens the images, test images too
     summary(MNIST_CNN_M1(), (1, 28, 28), device="cpu")
     records = []
     for seed in args.seeds:

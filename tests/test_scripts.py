@@ -179,7 +179,7 @@ def test_the_figures_are_those_of_the_results(capsys):
 
 def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(utils, "save_picture", lambda *args: None)
-    rows = ["whole recipe", "AdamW instead of Muon", "M1 with M4's recipe"]
+    rows = ["whole recipe", "without straightening", "AdamW instead of Muon", "M1 with M4's recipe"]
     options = ["--holdout", "100", "--batch-size", "50", "--data-dir", str(data_dir), "--device", "cpu"]
     command = ["ablation.py", "--rows", *rows, "--seeds", "1", "2", "--runs", str(tmp_path), *options, "--epochs", "2"]
     monkeypatch.setattr(sys, "argv", command)
@@ -187,9 +187,11 @@ def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, 
     figures.write_results(tmp_path, tmp_path / "results.csv")
     runs = figures.read_results(tmp_path / "results.csv")
     assert list(runs) == rows and all(list(run) == [1, 2] and len(run[1]) == 2 for run in runs.values())
-    assert runs[rows[0]][1][1]["test_loss"] != runs[rows[1]][1][1]["test_loss"]
+    assert len({runs[row][1][1]["test_loss"] for row in rows}) == 4
+    plain = tmp_path / "ablation" / "without-straightening" / "seed-1" / "metrics.json"
+    assert json.loads(plain.read_text())["config"]["straighten"] == [None, None]
     figures.print_ablation(runs)
-    difference = figures.last(runs[rows[2]]).mean() - figures.last(runs[rows[0]]).mean()
+    difference = figures.last(runs[rows[3]]).mean() - figures.last(runs[rows[0]]).mean()
     assert f"| accuracy | {difference:+.2f} ± " in capsys.readouterr().out
     utils.lock()
 
@@ -197,6 +199,7 @@ def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, 
 def test_digits_are_drawn_in_each_kind_of_picture(tmp_path, capsys):
     torch.save(NETWORKS["M4"]().state_dict(), tmp_path / "model.pt")
     images, labels = draw_digits(6, 5)
+    assert len(figures.draw_augmentation(images[1:]).axes) == 50
     figures.print_digits(tmp_path / "model.pt", images[1:], labels[1:], 2)  # a 0 of seven segments is a frame
     cells = next(line for line in capsys.readouterr().out.splitlines() if "refused" in line).split(" | ")
     assert len(cells) == 9 and cells[1] == "0.00%" and cells[-1] == "100.00% |"
