@@ -179,7 +179,7 @@ def test_the_figures_are_those_of_the_results(capsys):
 
 def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(utils, "save_picture", lambda *args: None)
-    rows = ["whole recipe", "without straightening", "AdamW instead of Muon", "M1 with M4's recipe"]
+    rows = ["whole recipe", "without straightening", "AdamW instead of Muon", "in bfloat16", "M1 with M4's recipe"]
     options = ["--holdout", "100", "--batch-size", "50", "--data-dir", str(data_dir), "--device", "cpu"]
     command = ["ablation.py", "--rows", *rows, "--seeds", "1", "2", "--runs", str(tmp_path), *options, "--epochs", "2"]
     monkeypatch.setattr(sys, "argv", command)
@@ -187,13 +187,21 @@ def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, 
     figures.write_results(tmp_path, tmp_path / "results.csv")
     runs = figures.read_results(tmp_path / "results.csv")
     assert list(runs) == rows and all(list(run) == [1, 2] and len(run[1]) == 2 for run in runs.values())
-    assert len({runs[row][1][1]["test_loss"] for row in rows}) == 4
+    assert len({runs[row][1][1]["test_loss"] for row in rows}) == len(rows)
     plain = tmp_path / "ablation" / "without-straightening" / "seed-1" / "metrics.json"
     assert json.loads(plain.read_text())["config"]["straighten"] == [None, None]
     figures.print_ablation(runs)
-    difference = figures.last(runs[rows[3]]).mean() - figures.last(runs[rows[0]]).mean()
+    difference = figures.last(runs[rows[-1]]).mean() - figures.last(runs[rows[0]]).mean()
     assert f"| accuracy | {difference:+.2f} ± " in capsys.readouterr().out
     utils.lock()
+
+
+def test_bfloat16_is_rounded_as_torch_rounds_it():
+    pixels, weight = torch.randn(2, 4, 9, 9), torch.randn(3, 4, 3, 3)
+    assert torch.equal(ablation.bfloat16_conv2d(pixels, weight), torch.conv2d(pixels, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, native = ablation.bfloat16_conv2d(pixels, weight), torch.conv2d(pixels, weight)
+    torch.testing.assert_close(ours, native, rtol=0.01, atol=0.01)  # also the type; one step of bfloat16 is 0.8%
 
 
 def test_digits_are_drawn_in_each_kind_of_picture(tmp_path, capsys):
