@@ -47,7 +47,7 @@ def build(model_class, seed, device, *model_args):
         # Keep freed memory: asking the system for it again, page by page, makes each step much slower.
         for option, value in (-3, 1 << 25), (-1, 1 << 30), (-8, 1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
             LIBC.mallopt(option, value)
-    torch.backends.cudnn.deterministic = True  # the same seed gives the same figures on a GPU, too
+    torch.backends.cudnn.deterministic = True  # asks a GPU for the same figures each time
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on a GPU, too
     torch.manual_seed(seed)
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format  # channels_last: faster on a CPU
@@ -594,10 +594,11 @@ def plot_training(name, histories, evaluated="test"):
     lowest = min(epoch["test_acc"] for history in histories for epoch in history[len(epochs) // 3 :])
     accuracy.set_ylim(max(min(lowest - 0.3, 98.5), 0), 100)  # the first epochs may lie below
     ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
-    loss.set(xlabel="epoch", ylabel="loss (nats)", title=f"{name}: loss", yscale="log", yticks=ticks, yticklabels=ticks)
-    accuracy.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{name}: accuracy")
+    spread = f", mean and range of {len(histories)} seeds" if len(histories) > 1 else ""
+    loss.set(ylabel="loss (nats)", title=f"{name}: loss{spread}", yscale="log", yticks=ticks, yticklabels=ticks)
+    accuracy.set(ylabel="accuracy (%)", title=f"{name}: accuracy{spread}")
     for axes in (loss, accuracy):
-        axes.set_xlim(0.5, len(epochs) + 0.5)
+        axes.set(xlabel="epoch", xlim=(0.5, len(epochs) + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.legend(handles=accuracy.get_lines(), loc="outside lower center", ncols=3)
@@ -633,10 +634,9 @@ def plot_misclassified(name, images, labels, logits, most=40):
     """Return a figure of the images that the logits get wrong, the most confident mistakes first."""
     confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != labels).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True)]
-    shown = wrong[:most]
+    shown = wrong[confidence[wrong].argsort(descending=True)][:most]
     captions = [f"{labels[i]} read as {predicted[i]}\n{100 * confidence[i]:.0f}% sure" for i in shown]
-    title = f"{name}: {len(wrong)} of {len(labels):,} wrong, the {len(shown)} most confident shown"
+    title = f"{name}: {len(wrong)} of {len(labels):,} wrong; the {len(shown)} most confident, straightened"
     return plot_digits(title, images[shown], captions)
 
 
@@ -759,7 +759,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     add("--limit", type=int, metavar="N", help="train on the first N images only")
     resume = {"type": str.lower, "choices": (*YES, "false", "0", "no", "off"), "nargs": "?", "const": "true"}
     add("--resume", **resume, default=str(bool(checkpoints)), help="continue after the last finished epoch")
-    add("--target", type=float, help="exit with 3 unless each of the last five epochs reaches it")
+    add("--target", type=float, metavar="PERCENT", help="exit with 3 unless each of the last five epochs reaches it")
     add("--data-dir", type=Path, default=channel or "data", help="where MNIST is or goes; default: data")
     add("--output-dir", type=Path, default=env("SM_MODEL_DIR") or f"runs/{name}", help=f"default: runs/{name}")
     add("--checkpoint-dir", type=Path, default=checkpoints, help="for what --resume needs; default: the output dir")
@@ -769,7 +769,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     # SageMaker passes hyperparameters as the launcher spelled them, batch_size as well as batch-size.
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args([re.sub("^--[a-z][^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv])
-    for option, low in {"epochs": 1, "batch_size": 1, "max_lr": 1e-9, "holdout": 0, "limit": 1, "target": 0}.items():
+    for option, low in {"epochs": 1, "batch_size": 1, "max_lr": 1e-9, "holdout": 0, "limit": 1, "target": 1}.items():
         number = getattr(args, option)
         if number is not None and not low <= number <= 1e6:
             parser.error(f"argument --{option.replace('_', '-')}: must be from {low} to a million, not {number}")

@@ -172,6 +172,7 @@ def test_the_figures_are_those_of_the_results(capsys):
         words = f"{final.mean():.2f}% on average over seeds 1 to {len(final)}, lowest {final.min():.2f}; never below "
         script = " ".join((ROOT / f"train_{name}.py").read_text().split())
         assert f"{words}{figures.lowest(runs[name])} in the" in script
+        assert f"**Result**: {final.mean():.2f}% over" in " ".join(readme.split())
     figures.print_ablation(runs)
     tables = capsys.readouterr().out
     assert all(line in readme for line in tables.splitlines()) and tables.count("\n") == 22
@@ -193,6 +194,9 @@ def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, 
     figures.print_ablation(runs)
     difference = figures.last(runs[rows[-1]]).mean() - figures.last(runs[rows[0]]).mean()
     assert f"| accuracy | {difference:+.2f} ± " in capsys.readouterr().out
+    (tmp_path / "ablation" / "whole-recipe").rename(tmp_path / "M4")
+    with pytest.raises(utils.UserError, match="--holdout"):
+        figures.write_results(tmp_path, tmp_path / "results.csv")
     utils.lock()
 
 
