@@ -175,7 +175,7 @@ def test_the_figures_are_those_of_the_results(capsys):
         assert f"**Result**: {final.mean():.2f}% over" in " ".join(readme.split())
     figures.print_ablation(runs)
     tables = capsys.readouterr().out
-    assert all(line in readme for line in tables.splitlines()) and tables.count("\n") == 22
+    assert all(line in readme for line in tables.splitlines()) and tables.count("\n") == 24
 
 
 def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, capsys):
