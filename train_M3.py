@@ -20,7 +20,7 @@ MAX_LR = 0.0085  # at this peak a step changes a convolution's weights by about 
 MOMENTUM = 0.95  # 0.9 did as well on two seeds, but before we fixed the norm of the convolutions
 WARMUP = 0.2  # three of fifteen epochs to climb, twelve to settle
 DROPOUT = 0.02  # little: a network this small underfits, and 0.05 did no better on two seeds
-# Limits (see utils.augment_batch), angles in degrees. For M4 (two seeds) 4/2/0.04/0.03 did worse, 8/8/0.08/0.06 no better.
+# Limits for utils.augment_batch. For M4, 4/2/0.04/0.03 did worse on two seeds, 8/8/0.08/0.06 no better on eight.
 AUGMENT = {"rotation": 6, "shear": 4, "scale": 0.06, "shift": 0.04}
 # Pixels cropped from each side, in the first 40% of the epochs: costs 0.2% of the ink, saves a quarter of their time.
 BORDER, BORDER_EPOCHS = 2, 0.4
