@@ -472,56 +472,6 @@ def finish(args, average, data, records):
     return 3 if missed and args.target is not None else 0
 
 
-def read_digits(args, model_class):
-    """Answer `--predict`: print a line for each picture, draw what the network saw, return the exit status."""
-    path, model = args.output_dir / "model.pt", model_class().eval()
-    shown, status, files = [], 0, []
-    if not path.exists():
-        raise UserError(f"there is no {path}: train first, or name the model's folder with --output-dir")
-    try:
-        model.load_state_dict(load_file(path))
-    except (RuntimeError, TypeError, AttributeError):
-        raise UserError(f"{path} does not hold the weights of a {model_class.__name__}") from None
-    for name in map(str, args.predict):
-        inside = sorted(glob.glob(f"{glob.escape(name)}/*"))  # of a folder
-        pictures = [file for file in inside if (mimetypes.guess_type(file, strict=False)[0] or "").startswith("image")]
-        matches = [] if os.path.exists(name) else sorted(glob.glob(name))  # not every shell expands *.png
-        files += pictures or matches or [name]
-    for file in files:
-        try:
-            digit = prepare_digit(file)
-        except ValueError as error:
-            status = fail(f"{file}: {error}")
-            continue
-        confidence, order = model(normalize(digit / 255)).softmax(1)[0].topk(2)
-        print(f"{file}: {order[0]}, {100 * confidence[0]:.1f}% sure, then {order[1]}", flush=True)
-        shown.append((digit[0], f"{Path(file).name[-14:]}\n{order[0]}, {100 * confidence[0]:.0f}% sure"))
-    if shown:
-        picture = args.images_dir / f"{args.name}_predictions.png"
-        save_picture(picture, plot_digits, f"{args.name}: as the network saw them", *zip(*shown, strict=True))
-        print(f"read with {path}")
-    return status
-
-
-def read_picture(file):
-    """Return the picture in `file` in gray, float (H, W) from 0 to 255. Raises ValueError if it cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(file)
-        if picture.mode[0] == "I":  # 16 bits a pixel
-            picture = picture.convert("F").point(lambda value: value * (1 / 257) + 0).convert("L")
-        picture = ImageOps.exif_transpose(picture).convert("RGBA")
-        picture.thumbnail((2000, 2000))  # a digit of a twentieth of that has 100
-    except Exception as error:  # noqa: BLE001 (a damaged picture may raise anything)
-        raise ValueError(getattr(error, "strerror", None) or f"not readable, use JPEG or PNG ({error})") from None
-    drawn, alpha = picture.convert("L"), picture.getchannel("A")
-    page = 255 if ImageStat.Stat(drawn, alpha).mean[0] < 128 else 0  # for what is drawn on nothing
-    gray = Image.composite(drawn, Image.new("L", picture.size, page), alpha)
-    pixels = torch.frombuffer(bytearray(gray.tobytes()), dtype=torch.uint8).view(gray.height, gray.width)
-    return scaled(pixels.float(), max(128, *gray.size))
-
-
 def write_file(path, save):
     """Call `save(buffer)` and write what it saved to `path`: whole, or not at all."""
     buffer, temporary = io.BytesIO(), path.with_name(f".{path.name}-{os.getpid()}")
@@ -540,7 +490,7 @@ def write_file(path, save):
 
 
 def load_file(path):
-    """Return what `torch.save` wrote into `path`, on the CPU. Raises UserError for what is damaged or more than data."""
+    """Return what `torch.save` wrote into `path`, on the CPU. Raises UserError if it is damaged or more than data."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch does not look at the checksums: a flipped bit would pass for a weight
@@ -643,6 +593,37 @@ def plot_misclassified(name, images, labels, logits, most=40):
 # Your own digit -------------------------------------------------------------------------------------------
 
 
+def read_digits(args, model_class):
+    """Answer `--predict`: print a line for each picture, draw what the network saw, return the exit status."""
+    path, model = args.output_dir / "model.pt", model_class().eval()
+    shown, status, files = [], 0, []
+    if not path.exists():
+        raise UserError(f"there is no {path}: train first, or name the model's folder with --output-dir")
+    try:
+        model.load_state_dict(load_file(path))
+    except (RuntimeError, TypeError, AttributeError):
+        raise UserError(f"{path} does not hold the weights of a {model_class.__name__}") from None
+    for name in map(str, args.predict):
+        inside = sorted(glob.glob(f"{glob.escape(name)}/*"))  # of a folder
+        pictures = [file for file in inside if (mimetypes.guess_type(file, strict=False)[0] or "").startswith("image")]
+        matches = [] if os.path.exists(name) else sorted(glob.glob(name))  # not every shell expands *.png
+        files += pictures or matches or [name]
+    for file in files:
+        try:
+            digit = prepare_digit(file)
+        except ValueError as error:
+            status = fail(f"{file}: {'no picture in this folder' if os.path.isdir(file) else error}")
+            continue
+        confidence, order = model(normalize(digit / 255)).softmax(1)[0].topk(2)
+        print(f"{file}: {order[0]}, {100 * confidence[0]:.1f}% sure, then {order[1]}", flush=True)
+        shown.append((digit[0], f"{Path(file).name[-14:]}\n{order[0]}, {100 * confidence[0]:.0f}% sure"))
+    if shown:
+        picture = args.images_dir / f"{args.name}_predictions.png"
+        save_picture(picture, plot_digits, f"{args.name}: as the network saw them", *zip(*shown, strict=True))
+        print(f"read with {path}")
+    return status
+
+
 def prepare_digit(file):
     """Return the digit in a picture file as a straightened MNIST digit, uint8 (1, 1, 28, 28). Raises ValueError."""
     marks = find_marks(picture := read_picture(file))
@@ -676,6 +657,25 @@ def prepare_digit(file):
     if texture or frame or width > 2 * height or (wide and inside != 2 and ink.mean() > 0.65):
         raise ValueError("a texture, a frame, a bar or a blob, not a digit")
     return straighten(255 * F.pad(ink, (0, 28 - width, 0, 28 - height))[None, None])
+
+
+def read_picture(file):
+    """Return the picture in `file` in gray, float (H, W) from 0 to 255. Raises ValueError if it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(file)
+        if picture.mode[0] == "I":  # 16 bits a pixel
+            picture = picture.convert("F").point(lambda value: value * (1 / 257) + 0).convert("L")
+        picture = ImageOps.exif_transpose(picture).convert("RGBA")
+        picture.thumbnail((2000, 2000))  # a digit of a twentieth of that has 100
+    except Exception as error:  # noqa: BLE001 (a damaged picture may raise anything)
+        raise ValueError(getattr(error, "strerror", None) or f"not readable, use JPEG or PNG ({error})") from None
+    drawn, alpha = picture.convert("L"), picture.getchannel("A")
+    page = 255 if ImageStat.Stat(drawn, alpha).mean[0] < 128 else 0  # for what is drawn on nothing
+    gray = Image.composite(drawn, Image.new("L", picture.size, page), alpha)
+    pixels = torch.frombuffer(bytearray(gray.tobytes()), dtype=torch.uint8).view(gray.height, gray.width)
+    return scaled(pixels.float(), max(128, *gray.size))
 
 
 def find_marks(picture):

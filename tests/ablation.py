@@ -52,7 +52,7 @@ PARTS = {
     "without averaging": {"train_M4.AVERAGE_DECAY": 0.0},
     # The rate of the first round in TRIALS.md.
     "AdamW instead of Muon": {"utils.Muon": adamw, "--max-lr": 0.02},
-    "in bfloat16": {"--precision": "bfloat16", "torch.nn.functional.conv2d": bfloat16_conv2d},
+    "emulated bfloat16": {"--precision": "bfloat16", "torch.nn.functional.conv2d": bfloat16_conv2d},
     "whole images throughout": {"train_M4.BORDER": 0},
 }
 # M1 and M2 take whole images only, and M1 has no dropout.

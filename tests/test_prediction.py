@@ -244,3 +244,4 @@ def test_predict_takes_folders_patterns_and_names_that_are_no_text(run_script, t
         done = run_script("train_M1.py", "--predict", str(paths), pictures=True)
         assert done.returncode == 0 and done.stdout.count("sure") == count and words in done.stdout, done.stderr
     assert "a[1].jpg: " in done.stdout and done.stderr == ""
+    refused(run_script("train_M1.py", "--predict", str(tmp_path / "out")), "out: no picture in this folder")

@@ -172,15 +172,18 @@ def test_the_figures_are_those_of_the_results(capsys):
         words = f"{final.mean():.2f}% on average over seeds 1 to {len(final)}, lowest {final.min():.2f}; never below "
         script = " ".join((ROOT / f"train_{name}.py").read_text().split())
         assert f"{words}{figures.lowest(runs[name])} in the" in script
-        assert f"**Result**: {final.mean():.2f}% over" in " ".join(readme.split())
+        section = " ".join(readme.partition(f"## {name}: ")[2].partition("<details>")[0].split())
+        assert f"**Result**: {final.mean():.2f}% over" in section
+        assert f"never below {figures.lowest(runs[name])} in the last five epochs" in section
     figures.print_ablation(runs)
     tables = capsys.readouterr().out
     assert all(line in readme for line in tables.splitlines()) and tables.count("\n") == 24
+    assert len(figures.draw_ladder(runs).axes) == 2 and len(figures.draw_ablation(runs).axes) == 3
 
 
 def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(utils, "save_picture", lambda *args: None)
-    rows = ["whole recipe", "without straightening", "AdamW instead of Muon", "in bfloat16", "M1 with M4's recipe"]
+    rows = [figures.WHOLE, "without straightening", "AdamW instead of Muon", "emulated bfloat16", "M1 with M4's recipe"]
     options = ["--holdout", "100", "--batch-size", "50", "--data-dir", str(data_dir), "--device", "cpu"]
     command = ["ablation.py", "--rows", *rows, "--seeds", "1", "2", "--runs", str(tmp_path), *options, "--epochs", "2"]
     monkeypatch.setattr(sys, "argv", command)
@@ -194,6 +197,12 @@ def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, 
     figures.print_ablation(runs)
     difference = figures.last(runs[rows[-1]]).mean() - figures.last(runs[rows[0]]).mean()
     assert f"| accuracy | {difference:+.2f} ± " in capsys.readouterr().out
+    record = json.loads(plain.read_text())
+    for seed in (1, 2):
+        other = json.dumps(record | {"config": record["config"] | {"seed": seed, "holdout": 50}})
+        plain.parent.with_name(f"seed-{seed}").joinpath("metrics.json").write_text(other)
+    with pytest.raises(utils.UserError, match="another --holdout"):
+        figures.write_results(tmp_path, tmp_path / "results.csv")
     (tmp_path / "ablation" / "whole-recipe").rename(tmp_path / "M4")
     with pytest.raises(utils.UserError, match="--holdout"):
         figures.write_results(tmp_path, tmp_path / "results.csv")
@@ -208,13 +217,16 @@ def test_bfloat16_is_rounded_as_torch_rounds_it():
     torch.testing.assert_close(ours, native, rtol=0.01, atol=0.01)  # also the type; one step of bfloat16 is 0.8%
 
 
-def test_digits_are_drawn_in_each_kind_of_picture(tmp_path, capsys):
+def test_digits_are_drawn_in_each_kind_of_picture(tmp_path, monkeypatch, capsys):
     torch.save(NETWORKS["M4"]().state_dict(), tmp_path / "model.pt")
     images, labels = draw_digits(6, 5)
     assert len(figures.draw_augmentation(images[1:]).axes) == 50
-    figures.print_digits(tmp_path / "model.pt", images[1:], labels[1:], 2)  # a 0 of seven segments is a frame
-    cells = next(line for line in capsys.readouterr().out.splitlines() if "refused" in line).split(" | ")
-    assert len(cells) == 9 and cells[1] == "0.00%" and cells[-1] == "100.00% |"
+    # An M4 that sees the first digit everywhere. A 0 of seven segments is a frame, so a 1 is the first.
+    monkeypatch.setattr(NETWORKS["M4"], "forward", lambda self, pixels: 20 * torch.eye(10)[labels[1:2]])
+    figures.print_digits(tmp_path / "model.pt", images[1:], labels[1:], 2)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[1] for row in rows] == ["50.00%", "0.00%", "50.00%"]
+    assert [row[-1] for row in rows] == ["0.00% |", "100.00% |", "0.00% |"] and len(rows[0]) == 9
 
 
 def test_two_scripts_differ_in_model_recipe_and_docstring_only():
