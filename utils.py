@@ -604,10 +604,10 @@ def read_digits(args, model_class):
     except (RuntimeError, TypeError, AttributeError):
         raise UserError(f"{path} does not hold the weights of a {model_class.__name__}") from None
     for name in map(str, args.predict):
-        inside = sorted(glob.glob(f"{glob.escape(name)}/*"))  # of a folder
-        pictures = [file for file in inside if (mimetypes.guess_type(file, strict=False)[0] or "").startswith("image")]
-        matches = [] if os.path.exists(name) else sorted(glob.glob(name))  # not every shell expands *.png
-        files += pictures or matches or [name]
+        for match in [name] if os.path.exists(name) else sorted(glob.glob(name)) or [name]:  # some shells leave *.png
+            inside = sorted(glob.glob(f"{glob.escape(match)}/*"))  # of a folder
+            pictures = [f for f in inside if (mimetypes.guess_type(f, strict=False)[0] or "").startswith("image")]
+            files += pictures or [match]
     for file in files:
         try:
             digit = prepare_digit(file)

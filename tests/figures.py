@@ -61,7 +61,8 @@ def write_results(runs, path):
     processor = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     notes = [f"# {environment}" for environment in sorted(environments)]
     notes.append(f"# written on a machine with {processor[1] if processor else platform.processor()}")
-    notes.append("# test_loss, test_acc: of MNIST's test images for M1 to M4, of 10,000 held-out images for the others")
+    held = max(parts, default=(0,))[0]
+    notes.append(f"# test_loss, test_acc: of the test images for M1 to M4, of {held:,} held-out ones for the others")
     utils.write_file(path, lambda file: file.write("\n".join([*notes, *lines, ""]).encode()))
 
 

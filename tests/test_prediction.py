@@ -219,7 +219,7 @@ def test_predict_answers_every_file(run_script, tmp_path):
     torch.save(model.state_dict(), tmp_path / "out" / "model.pt")
     (tmp_path / "bad.png").write_text("")
     done = run_script("train_M2.py", "--predict", str(three), str(tmp_path / "bad.png"), str(two), pictures=True)
-    refused(done, "bad.png")
+    refused(done, "bad.png: not readable")
     lines = [line for line in done.stdout.splitlines() if "sure" in line]
     logits = model.eval()(utils.normalize(utils.prepare_digit(three) / 255))
     (confidence, _), (digit, second) = (values.tolist() for values in logits.softmax(1)[0].topk(2))
@@ -240,7 +240,7 @@ def test_predict_takes_folders_patterns_and_names_that_are_no_text(run_script, t
     (folder / "notes.txt").write_text("no picture")
     for name in ("a[1].jpg", "a1.jpg"):
         draw(folder / name)
-    for paths, count in ((folder, 5), (folder / "*.png", 3), (folder / "a[1].jpg", 1)):
+    for paths, count in ((folder, 5), (folder / "*.png", 3), (tmp_path / "f*", 5), (folder / "a[1].jpg", 1)):
         done = run_script("train_M1.py", "--predict", str(paths), pictures=True)
         assert done.returncode == 0 and done.stdout.count("sure") == count and words in done.stdout, done.stderr
     assert "a[1].jpg: " in done.stdout and done.stderr == ""

@@ -1,5 +1,6 @@
 """The four scripts as processes of their own, on the generated digits, and the command line."""
 
+import contextlib
 import json
 import os
 import re
@@ -178,7 +179,9 @@ def test_the_figures_are_those_of_the_results(capsys):
     figures.print_ablation(runs)
     tables = capsys.readouterr().out
     assert all(line in readme for line in tables.splitlines()) and tables.count("\n") == 24
-    assert len(figures.draw_ladder(runs).axes) == 2 and len(figures.draw_ablation(runs).axes) == 3
+    assert len(figures.draw_ladder(runs).axes) == 2
+    points = figures.draw_ablation(runs).axes[0].get_lines()[0].get_xdata()
+    assert points == pytest.approx(figures.differences(runs, "without straightening")) and len(points) == 5
 
 
 def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, capsys):
@@ -197,15 +200,19 @@ def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, 
     figures.print_ablation(runs)
     difference = figures.last(runs[rows[-1]]).mean() - figures.last(runs[rows[0]]).mean()
     assert f"| accuracy | {difference:+.2f} ± " in capsys.readouterr().out
-    record = json.loads(plain.read_text())
-    for seed in (1, 2):
-        other = json.dumps(record | {"config": record["config"] | {"seed": seed, "holdout": 50}})
-        plain.parent.with_name(f"seed-{seed}").joinpath("metrics.json").write_text(other)
-    with pytest.raises(utils.UserError, match="another --holdout"):
-        figures.write_results(tmp_path, tmp_path / "results.csv")
-    (tmp_path / "ablation" / "whole-recipe").rename(tmp_path / "M4")
-    with pytest.raises(utils.UserError, match="--holdout"):
-        figures.write_results(tmp_path, tmp_path / "results.csv")
+    for run, seed, images, message in (
+        ("M4", 1, {"holdout": 0}, None),
+        ("ablation/6-epochs", 1, {"limit": 50}, "another --holdout or --limit"),
+        ("M4", 1, {"limit": 50}, "not with all of MNIST"),
+        ("M4", 2, {"holdout": 0}, "different settings"),
+    ):
+        record = json.loads(plain.read_text())
+        record["config"] |= images
+        folder = tmp_path / run / f"seed-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps(record))
+        with pytest.raises(utils.UserError, match=message) if message else contextlib.nullcontext():
+            figures.write_results(tmp_path, tmp_path / "results.csv")
     utils.lock()
 
 
