@@ -80,7 +80,7 @@ class MNIST_CNN_M1(nn.Module):
 class MNIST_CNN_M2(nn.Module):
     """Batch norm, dropout and global average pooling instead of the wide last layer. 3,944 parameters."""
 
-    def __init__(self, dropout=0.05):
+    def __init__(self, dropout=0.02):
         super().__init__()
         self.conv1 = nn.Conv2d(1, 8, 3, bias=False)  # 26 | 3
         self.norm1 = nn.BatchNorm2d(8)
@@ -119,7 +119,7 @@ class MNIST_CNN_M2(nn.Module):
 class MNIST_CNN_M3(nn.Module):
     """More capacity, max-pool moved back, dropout after every block, 1x1 after the pooling. 7,676 parameters."""
 
-    def __init__(self, dropout=0.05):
+    def __init__(self, dropout=0.02):
         super().__init__()
         self.conv1 = nn.Conv2d(1, 4, 3, bias=False)  # 26 | 3
         self.relu1 = nn.ReLU(inplace=True)
@@ -164,7 +164,7 @@ class MNIST_CNN_M3(nn.Module):
 class MNIST_CNN_M4(nn.Module):
     """Channels rebalanced, never fewer than ten in the middle, no 1x1 after the pooling. 7,600 parameters."""
 
-    def __init__(self, dropout=0.05):
+    def __init__(self, dropout=0.02):
         super().__init__()
         self.conv1 = nn.Conv2d(1, 8, 3, bias=False)  # 26 | 3
         self.relu1 = nn.ReLU(inplace=True)

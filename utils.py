@@ -67,7 +67,7 @@ def train(model, average, data, optimizer, scheduler, batch_size, augment, borde
     networks = [model]
     if device.type == "cpu":
         # The layers are too small to split across cores, so each of two threads takes a whole batch. The second uses
-        # a copy of the network that shares its weights but has its own gradients and batch-norm statistics.
+        # a copy that shares the weights but not the gradients and batch-norm statistics: the first's are kept.
         networks.append(copy.deepcopy(model))
         for p, q in zip(networks[1].parameters(), model.parameters(), strict=True):
             p.data = q.data
@@ -271,7 +271,7 @@ def load_data(args):
         train_images, train_labels, test_images, test_labels = fetch(args.data_dir)
     count = min(len(train_labels) - args.holdout, args.limit or len(train_labels))
     if max(args.limit or 1, args.batch_size) > count:
-        raise UserError(f"--holdout, --limit, --batch-size: there are only {max(count, 0):,} images to train on")
+        raise UserError(f"--holdout, --limit or --batch-size: only {max(count, 0):,} images are left, too few")
     if args.holdout:
         order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0))  # one for all seeds
         held, kept = order[: args.holdout], order[args.holdout :]
@@ -598,7 +598,7 @@ def read_digits(args, model_class):
     path, model = args.output_dir / "model.pt", model_class().eval()
     shown, status, files = [], 0, []
     if not path.exists():
-        raise UserError(f"there is no {path}: train first, or name the model's folder with --output-dir")
+        raise UserError(f"there is no {path}: train first (or --resume), or name the model's folder with --output-dir")
     try:
         model.load_state_dict(load_file(path))
     except (RuntimeError, TypeError, AttributeError):

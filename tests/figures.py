@@ -56,7 +56,7 @@ def write_results(runs, path):
                 cells = run, record["seed"], *(epoch[column] for column in COLUMNS[2:])
                 lines.append(",".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells))
     if len(lines) == 1:
-        raise utils.UserError(f"there is no finished run below {runs}: python train_M1.py --seeds 1 2 3 4 5, and so on")
+        raise utils.UserError(f"no finished run in {runs}/M1/seed-1 and so on: python train_M1.py --seeds 1 2 3 4 5")
     cpuinfo = Path("/proc/cpuinfo")
     processor = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     notes = [f"# {environment}" for environment in sorted(environments)]
@@ -286,7 +286,7 @@ def main():
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="for augmentation.png")
     parser.add_argument("--images-dir", type=Path, default=Path("images"))
     parser.add_argument("--digits", type=Path, metavar="MODEL", help="the weights of an M4, to read digits with")
-    parser.add_argument("--count", type=int, default=1000, help="of test images for --digits; default: 1000")
+    parser.add_argument("--count", type=int, default=1000, help="of test images for --digits; default: 1000 (slow)")
     args = parser.parse_args()
     if args.count < 1:
         parser.error("--count must be at least 1")
