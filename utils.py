@@ -770,9 +770,9 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args([re.sub("^--[a-z][^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv])
     for option, low in {"epochs": 1, "batch_size": 1, "max_lr": 1e-9, "holdout": 0, "limit": 1, "target": 1}.items():
-        number = getattr(args, option)
-        if number is not None and not low <= number <= 1e6:
-            parser.error(f"argument --{option.replace('_', '-')}: must be from {low} to a million, not {number}")
+        number, high = getattr(args, option), 100 if option == "target" else 1_000_000
+        if number is not None and not low <= number <= high:
+            parser.error(f"argument --{option.replace('_', '-')}: must be from {low} to {high:,}, not {number}")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         args.device = torch.device(auto if args.device == "auto" else args.device)

@@ -87,6 +87,7 @@ def test_on_a_terminal_there_is_a_bar(run_script):
 MISTAKES = [
     ("--epochs 0", "from 1"),
     ("--max-lr nan", "nan"),
+    ("--target 101", "from 1 to 100,"),
     ("--seeds -1", "--seeds"),
     ("--seeds []", "--seeds"),
     ("--device cuda:99", "--device"),
