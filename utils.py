@@ -67,7 +67,7 @@ def train(model, average, data, optimizer, scheduler, batch_size, augment, borde
     networks = [model]
     if device.type == "cpu":
         # The layers are too small to split across cores, so each of two threads takes a whole batch. The second uses
-        # a copy that shares the weights but not the gradients and batch-norm statistics: the first's are kept.
+        # a copy that shares the weights. It has its own gradients and batch-norm statistics; the latter are not kept.
         networks.append(copy.deepcopy(model))
         for p, q in zip(networks[1].parameters(), model.parameters(), strict=True):
             p.data = q.data

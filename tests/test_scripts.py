@@ -193,6 +193,7 @@ def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", command)
     ablation.main()
     figures.write_results(tmp_path, tmp_path / "results.csv")
+    assert "of 100 held-out" in (tmp_path / "results.csv").read_text()
     runs = figures.read_results(tmp_path / "results.csv")
     assert list(runs) == rows and all(list(run) == [1, 2] and len(run[1]) == 2 for run in runs.values())
     assert len({runs[row][1][1]["test_loss"] for row in rows}) == len(rows)
@@ -204,7 +205,7 @@ def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, 
     for run, seed, images, message in (
         ("M4", 1, {"holdout": 0}, None),
         ("ablation/6-epochs", 1, {"limit": 50}, "another --holdout or --limit"),
-        ("M4", 1, {"limit": 50}, "not with all of MNIST"),
+        ("M4", 1, {"holdout": 0, "limit": 50}, "not with all of MNIST"),
         ("M4", 2, {"holdout": 0}, "different settings"),
     ):
         record = json.loads(plain.read_text())
