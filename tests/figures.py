@@ -45,9 +45,10 @@ def write_results(runs, path):
         if len({json.dumps(record["config"] | {"seed": 0}) for record in records}) > 1:
             raise utils.UserError(f"the runs in {place} were made with different settings")
         images = {(record["config"]["holdout"], record["config"]["limit"]) for record in records}
-        if run in LADDER and any(map(any, images)):
+        if run in ROWS:
+            parts |= images
+        elif any(map(any, images)):
             raise utils.UserError(f"the runs in {place} were made with --holdout or --limit, not with all of MNIST")
-        parts |= images if run in ROWS else set()
         if len(parts) > 1:
             raise utils.UserError(f"the runs in {place} have another --holdout or --limit than the rows before")
         for record in sorted(records, key=lambda record: record["seed"]):
@@ -84,9 +85,10 @@ def lowest(histories):
     return f"{min(epoch['test_acc'] for history in histories.values() for epoch in history[-5:]):.2f}"
 
 
-def spread(values):
-    """Return mean and, if there are several, standard deviation of `values` as text for a table."""
-    return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
+def mean_and_error(values, form, count=1):
+    """Return the mean of `values` and, if there are several, their standard deviation by the root of `count` as text."""
+    error = f" ± {values.std() / count**0.5:{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{values.mean():{form}}{error}"
 
 
 def parameters(name):
@@ -105,7 +107,7 @@ def print_ladder(runs):
     for name in (name for name in LADDER if name in runs):
         scores = last(runs[name])
         minutes = statistics.median(sum(epoch["seconds"] for epoch in run) for run in runs[name].values()) / 60
-        cells = (name, f"{parameters(name):,}", str(len(scores)), spread(scores), f"{scores.min():.2f}")
+        cells = (name, f"{parameters(name):,}", str(len(scores)), mean_and_error(scores, ".3f"), f"{scores.min():.2f}")
         rows.append((*cells, lowest(runs[name]), f"{minutes:.1f}", f"{EXERCISE[name]:.2f}"))
     print_table(*rows)
 
@@ -125,8 +127,7 @@ def print_ablation(runs):
             cells = [label(row, title), str(len(differences(runs, row)))]
             for key, digits in (("test_acc", 2), ("test_loss", 4)):
                 change = differences(runs, row, key)
-                text = f"{change.mean():+.{digits}f}"
-                text += f" ± {change.std() / len(change) ** 0.5:.{digits}f}" if len(change) > 1 else ""
+                text = mean_and_error(change, f"+.{digits}f", len(change))
                 cells.append(f"{last(runs[WHOLE], key).mean():.{digits}f}" if row == WHOLE else text)
             table.append(cells)
         print_table(*(table if title == "one part changed" else zip(*table, strict=True)))
