@@ -1,19 +1,27 @@
-"""Time an epoch of M4 on the CPU, side by side: python tests/benchmark.py (not collected by pytest).
+"""Time an epoch of M4 on the CPU, side by side: python tests/benchmark.py (not collected by pytest)
 
-usual  PIL transforms for each image, a DataLoader, `nn.Dropout`, AdamW, `.item()` at each step, all cores on one batch;
-       without worker processes for the transforms, and with two
-ours   what train_M4.py does: an epoch without the images' border and one with it, weighted as in a run
-floor  forward, backward and torch's AdamW of an M4 without dropout on one ready batch of whole images, no evaluation,
-       with the memory layout and settings of ours, all cores on one batch
+usual  PIL transforms for each image, a DataLoader, `nn.Dropout`, AdamW, `.item()` at each step, on all
+       cores; without worker processes for the transforms, and with two
+ours   train_M4.py itself: the second of two epochs, with the threads that it chooses
+floor  forward, backward and fused AdamW of an M4 without dropout on one ready batch, no evaluation,
+       with the threads and the memory settings of ours
 
-Each measurement is a process of its own that starts with a few batches untimed and then takes a part of the images,
-scaled to a whole epoch (60,000 images, and 10,000 to evaluate). They alternate, and the table gives medians.
+Usual and ours are also timed beside a busy process, which keeps one core. Each measurement is a process
+of its own that trains on a part of the images and evaluates on a sixth as many, scaled to a whole epoch
+(60,000 and 10,000). Reading and straightening, once a run, do not count. The measurements alternate. The
+table gives medians, and a ratio is the median of the ratios of measurements from the same round; the
+speedup beside a busy process is over usual beside one. Peak memory is that of a run with all images.
+Together they take 10 to 15 minutes on two cores; `--images 3000 --repeats 1` gives a rough table in two.
 """
 
 import argparse
+import contextlib
+import json
+import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -23,119 +31,147 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
 
 import models
 import train_M4
 import utils
 
-CPU = torch.device("cpu")
-WARM_UP = 8  # batches
+ALL = 60_000  # training images
+BATCH_SIZE = train_M4.BATCH_SIZE
+BUSY = " beside a busy process"
 
 
-def timed(work, *args):
-    """Return the seconds that `work(*args)` takes."""
+def usual(args, workers=0):
+    from torchvision import datasets, transforms
+
+    normalize = [transforms.ToTensor(), transforms.Normalize((utils.MEAN,), (utils.STD,))]
+    affine = transforms.RandomAffine(6, (0.04, 0.04), (0.94, 1.06), shear=4)  # as in train_M4.py
+    models.Dropout = nn.Dropout
+    model = models.MNIST_CNN_M4()
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def batches(is_training, count, steps):
+        digits = datasets.MNIST(args.data_dir, is_training, transforms.Compose(steps))
+        part = Subset(digits, range(count))
+        return DataLoader(part, BATCH_SIZE, shuffle=is_training, num_workers=workers)
+
+    def train(count):
+        model.train()
+        for images, labels in batches(True, count, [affine, *normalize]):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+    def test(count):
+        model.eval()
+        with torch.no_grad():
+            for images, labels in batches(False, count, normalize):
+                (model(images).argmax(1) == labels).sum().item()
+
+    train(1000)  # to warm up
     start = time.perf_counter()
-    work(*args)
+    train(args.images)
+    test(args.images // 6)
     return time.perf_counter() - start
 
 
-def usual(images, batch_size, data_dir, workers=0):
-    from torchvision import datasets, transforms
-
-    models.Dropout = nn.Dropout
-    a = train_M4.AUGMENT
-    normalize = [transforms.ToTensor(), transforms.Normalize((utils.MEAN,), (utils.STD,))]
-    shift, scale = (a["shift"], a["shift"]), (1 - a["scale"], 1 + a["scale"])
-    affine = transforms.RandomAffine(a["rotation"], shift, scale, a["shear"])
-    model = models.MNIST_CNN_M4(train_M4.DROPOUT)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.001)
-
-    def loader(train, count, steps):
-        part = torch.utils.data.Subset(datasets.MNIST(str(data_dir), train, transforms.Compose(steps)), range(count))
-        return torch.utils.data.DataLoader(part, batch_size, shuffle=train, num_workers=workers)
-
-    def train(batches):
-        model.train()
-        total = 0
-        for pixels, labels in batches:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(pixels), labels)
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
-
-    def test(batches):
-        model.eval()
-        correct = 0
-        with torch.no_grad():
-            for pixels, labels in batches:
-                correct += (model(pixels).argmax(1) == labels).sum().item()
-
-    train(loader(True, WARM_UP * batch_size, [affine, *normalize]))
-    seconds = timed(train, loader(True, images, [affine, *normalize]))
-    return seconds + timed(test, loader(False, images // 6, normalize))
+def ours(args):
+    with tempfile.TemporaryDirectory() as output:
+        sys.argv = ["train_M4.py", "--device", "cpu", "--epochs", "2", "--output-dir", output]
+        sys.argv += ["--data-dir", str(args.data_dir)]
+        if args.images < ALL:  # what is held out is tested on: a sixth, as of the whole
+            sys.argv += ["--limit", str(args.images), "--holdout", str(args.images // 6)]
+        train_M4.main()
+        metrics = json.loads(Path(output, "metrics.json").read_text())
+    return metrics["history"][-1]["seconds"]
 
 
-def ours(images, batch_size, data_dir):
-    data = utils.Data(*(part[:images].to(CPU) for part in utils.read_idx_files(data_dir)))
-    model = utils.build(models.MNIST_CNN_M4, 1, CPU, train_M4.DROPOUT)
-    average = utils.weight_average(model, train_M4.AVERAGE_DECAY)
-    optimizer = utils.Muon(model, 0.001, train_M4.MOMENTUM)
-    scheduler = utils.one_cycle(optimizer, 0.001, 3 * (images // batch_size), train_M4.WARMUP)
-
-    def train(data, border):
-        parts = (model, average, data, optimizer, scheduler, batch_size, train_M4.AUGMENT)
-        utils.train(*parts, border, "float32")
-
-    train(utils.Data(*(part[: WARM_UP * batch_size] for part in data)), 0)
-    small, whole = timed(train, data, train_M4.BORDER), timed(train, data, 0)
-    seconds = train_M4.BORDER_EPOCHS * small + (1 - train_M4.BORDER_EPOCHS) * whole
-    return seconds + timed(utils.evaluate, average, data.test_images[: images // 6], data.test_labels[: images // 6])
-
-
-def floor(images, batch_size, data_dir):
-    model = utils.build(models.MNIST_CNN_M4, 1, CPU, 0.0).train()
-    optimizer = torch.optim.AdamW(model.parameters(), 0.001, fused=True)
-    pixels, labels = torch.randn(batch_size, 1, 28, 28), torch.randint(10, (batch_size,))
+def floor(args):
+    utils.set_up_device("cpu")
+    model = models.MNIST_CNN_M4(0).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    images = torch.randn(BATCH_SIZE, 1, 28, 28)
+    labels = torch.randint(10, (BATCH_SIZE,))
 
     def train(steps):
         for _ in range(steps):
             optimizer.zero_grad()
-            F.cross_entropy(model(pixels), labels).backward()
+            F.cross_entropy(model(images), labels).backward()
             optimizer.step()
 
-    train(WARM_UP)
-    return timed(train, images // batch_size)
+    train(8)  # to warm up
+    start = time.perf_counter()
+    train(args.images // BATCH_SIZE)
+    return time.perf_counter() - start
 
 
-PIPELINES = {"usual": usual, "usual, two workers": partial(usual, workers=2), "ours": ours, "floor": floor}
+PIPELINES = {
+    "usual": usual,
+    "usual, two workers": partial(usual, workers=2),
+    "ours": ours,
+    "floor": floor,
+}
+ROWS = (*PIPELINES, "usual" + BUSY, "ours" + BUSY)
+
+
+def measure(row, args):
+    """Print the seconds of an epoch and the peak memory in MiB, as JSON."""
+    with contextlib.ExitStack() as stack:
+        if row.endswith(BUSY):
+            busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            stack.callback(busy.kill)
+        seconds = PIPELINES[row.removesuffix(BUSY)](args) * ALL / args.images
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps([seconds, memory]))
+
+
+def print_table(seconds):
+    """seconds: of each row, by round."""
+
+    def ratio(row, other):
+        pairs = zip(seconds[row], seconds[other], strict=True)
+        return f"{statistics.median(one / two for one, two in pairs):.2f}"
+
+    print("| pipeline | seconds an epoch | speedup over usual | relative to floor | to idle |")
+    print("|---|---|---|---|---|")
+    for row in ROWS:
+        idle = row.removesuffix(BUSY)
+        ratios = ratio(row.replace(idle, "usual"), row), ratio(row, "floor"), ratio(row, idle)
+        print(f"| {row} | {statistics.median(seconds[row]):.1f} | {' | '.join(ratios)} |")
+
+
+def run(row, *options):
+    """Return what `measure` prints in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--row", row, *options]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--images", type=int, default=30_000, help="training images per measurement (30000)")
-    parser.add_argument("--batch-size", type=int, default=train_M4.BATCH_SIZE)
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each (5)")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--pipeline", choices=PIPELINES, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--images", type=int, default=10_000, help="to train on in a measurement (10000)")
+    add("--repeats", type=int, default=5, help="measurements of each row (5)")
+    add("--data-dir", type=Path, default="data")
+    add("--row", choices=ROWS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.pipeline:
-        print(PIPELINES[args.pipeline](args.images, args.batch_size, args.data_dir) * 60_000 / args.images)
-        return
+    if args.row:
+        return measure(args.row, args)
     utils.read_idx_files(args.data_dir)
-    runs = {pipeline: [] for pipeline in PIPELINES}
+    seconds = {row: [] for row in ROWS}
     for _ in range(args.repeats):
-        for pipeline, results in runs.items():
-            command = [sys.executable, __file__, "--pipeline", pipeline, *sys.argv[1:]]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            results.append(float(done.stdout))
-    medians = {pipeline: statistics.median(results) for pipeline, results in runs.items()}
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch_size}\n")
-    print("| pipeline | seconds per epoch | speedup over usual | time relative to floor |")
-    print("|---|---|---|---|")
-    for pipeline, seconds in medians.items():
-        print(f"| {pipeline} | {seconds:.1f} | {medians['usual'] / seconds:.2f} | {seconds / medians['floor']:.2f} |")
+        for row in ROWS:
+            seconds[row].append(run(row)[0])
+    print_table(seconds)
+    epoch, memory = run("ours", "--images", str(ALL))
+    print(f"\nours with all images: {epoch:.1f} seconds, {memory:.0f} MiB of memory at most")
+    print(f"ours and floor: {utils.environment(utils.set_up_device('cpu'))}")
 
 
 if __name__ == "__main__":
-    main()
+    utils.launch(main)

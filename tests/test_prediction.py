@@ -2,246 +2,275 @@
 
 import contextlib
 import os
-import random
 import sys
 
 import pytest
 import torch
-from conftest import draw_digits, refused
+from conftest import NETWORKS, draw_digits, refused
 from PIL import Image, ImageDraw, ImageOps
 
-import models
 import utils
 
-SIDES = ("left", "top", "right", "bottom")
+
+def number(digit=3):
+    """Return a picture of a seven-segment digit, white on black."""
+    ink = 255 * (draw_digits(10, 5)[0][digit, 0] > 127).byte()
+    page = Image.new("L", (300, 200))
+    page.paste(Image.fromarray(ink.numpy()).resize((120, 120)), (40, 30))
+    return page
 
 
-def draw(path, mode="L", dark_on_light=False, size=(300, 200), at=(40, 30), side=120, **save):
-    """Save a picture of a seven-segment three and return its path."""
-    digit = Image.fromarray(draw_digits(4, 5)[0][3, 0].numpy()).point(lambda value: 255 if value > 127 else 0)
-    page = Image.new("L", size)
-    page.paste(digit.resize((side, side)), at)
-    if mode == "RGBA":  # drawn on nothing
-        color = Image.new("L", size, 0 if dark_on_light else 255)
-        page = Image.merge("RGBA", (color, color, color, page))
-    elif mode == "I;16":
-        page = page.convert("I").point(lambda value: value * 256).convert("I;16")
-    else:
-        page = (ImageOps.invert(page) if dark_on_light else page).convert(mode)
-    page.save(path, **save)
-    return path
+def slanted():
+    page = number()
+    return page.transform(page.size, Image.Transform.AFFINE, (1, 0.3, -30, 0, 1, 0))
 
 
-def distance(one, other):
-    """Mean difference in gray levels."""
-    return (one.double() - other.double()).abs().mean()
+@pytest.fixture
+def read(tmp_path):
+    """Save a picture, and return the digit that is read from it."""
+
+    def save_and_read(picture, suffix="png", straightened=True, **options):
+        path = tmp_path / f"picture.{suffix}"
+        picture.save(path, **options)
+        return utils.prepare_digit(path, straightened)
+
+    return save_and_read
 
 
-def test_prepared_digits_are_straightened(tmp_path):
-    digit = utils.prepare_digit(draw(tmp_path / "plain.png"))
-    assert digit.shape == (1, 1, 28, 28) and digit.dtype == torch.uint8 and digit.max() > 240
-    page = Image.open(tmp_path / "plain.png")
-    page.transform(page.size, Image.Transform.AFFINE, (1, 0.3, -30, 0, 1, 0)).save(tmp_path / "slanted.png")
-    assert distance(utils.prepare_digit(tmp_path / "slanted.png"), digit) < 3
+@pytest.fixture
+def error(read):
+    """Return by how many gray levels a picture is read otherwise than another, or a plain three."""
+
+    def difference(picture, suffix="png", other=None, **options):
+        one = read(picture, suffix, **options).double()
+        return (one - read(other or number())).abs().mean()
+
+    return difference
 
 
-def test_straightened_digits_are_upright_centered_and_alike_in_size():
-    digits = 255 * (draw_digits(10, 3)[0] > 127).byte()
-    slanted = torch.stack([row.roll((20 - y) // 4, -1) for y, row in enumerate(digits.unbind(2))], 2).roll(1, 2)
-    line = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
-    line[..., 4:24, 9] = 255
-    y, x = torch.meshgrid(*[torch.arange(28) - 13.5] * 2, indexing="ij")
-    widths = []
-    for ink in utils.straighten(torch.cat([slanted, line]))[:, 0].double():
-        down, across, height, lean, width = ((ink * p).sum() / ink.sum() for p in (y, x, y * y, y * x, x * x))
-        assert max(abs(down), abs(across)) < 0.1 and abs(lean) < 0.6 and abs(height.sqrt() - utils.HEIGHT) < 0.1
-        widths.append(width.sqrt())
-    # A 1 stays narrower than a 0, and a line of one pixel narrow.
-    assert 1.5 < widths[1] < 2 and 3.5 < widths[0] < 4.2 and widths[-1] < 2
+@pytest.mark.parametrize("page", [number(), slanted()])
+def test_a_plain_digit_is_20_pixels_long_and_centered_by_its_ink(read, page):
+    digit = read(page, straightened=False)
+    places = digit[0, 0].nonzero().double()
+    sides = places.amax(0) - places.amin(0) + 1
+    assert sides.max() == 20
+    ink = digit[digit > 0].double()
+    center = ink @ places / ink.sum()
+    assert (center - 13.5).abs().max() < 0.51
+
+
+def test_a_slanted_digit_stays_slanted_or_is_straightened(error):
+    assert error(slanted()) < 3
+    assert error(slanted(), straightened=False) > 10
 
 
 @pytest.mark.parametrize("dark_on_light", [False, True])
-@pytest.mark.parametrize("mode, suffix", [("L", "bmp"), ("RGB", "jpg"), ("P", "gif"), ("1", "png"), ("RGBA", "png")])
-def test_any_format_and_polarity_gives_the_same_digit(tmp_path, mode, suffix, dark_on_light):
-    plain = utils.prepare_digit(draw(tmp_path / "plain.png"))
-    other = draw(tmp_path / f"other.{suffix}", mode, dark_on_light, at=(150, 60))
-    assert distance(utils.prepare_digit(other), plain) < 6
+@pytest.mark.parametrize("mode, suffix", [("L", "bmp"), ("RGB", "jpg"), ("P", "gif"), ("1", "png")])
+def test_any_format_and_polarity_gives_the_same_digit(error, mode, suffix, dark_on_light):
+    page = number()
+    if dark_on_light:
+        page = ImageOps.invert(page)
+    assert error(page.convert(mode), suffix) < 6
 
 
-def test_deep_pictures_shadows_and_turned_photographs(tmp_path):
-    plain = utils.prepare_digit(draw(tmp_path / "plain.png"))
-    assert distance(utils.prepare_digit(draw(tmp_path / "deep.png", "I;16")), plain) < 3
+@pytest.mark.parametrize("pen", ["black", "white"])
+def test_a_digit_drawn_on_nothing(error, pen):
+    picture = Image.new("RGB", (300, 200), pen)
+    picture.putalpha(number())
+    assert error(picture) < 6
+
+
+def test_deep_pictures_shadows_and_turned_photographs(error):
+    deep = number().convert("I").point(lambda value: value * 256)
+    assert error(deep.convert("I;16")) < 3
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    picture = Image.open(tmp_path / "plain.png").rotate(180)
-    picture.save(tmp_path / "turned.png", exif=exif)
-    assert distance(utils.prepare_digit(tmp_path / "turned.png"), plain) < 3
-    paper = ImageOps.invert(Image.open(tmp_path / "plain.png")).point(lambda value: 30 + value // 2)
-    shadow = Image.linear_gradient("L").resize(paper.size).point(lambda value: value // 3)
-    Image.blend(paper, shadow, 0.4).save(tmp_path / "shadow.png")
-    assert distance(utils.prepare_digit(tmp_path / "shadow.png"), plain) < 11
+    assert error(number().rotate(180), exif=exif) < 3
+    shadow = Image.linear_gradient("L").resize((300, 200))
+    assert error(Image.blend(ImageOps.invert(number()), shadow, 0.3)) < 11
 
 
-MARGINS = [(60, 60, 60, 60), (0, 60, 60, 60), (0, 0, 60, 60), (0, 0, 0, 60), (60, 0, 60, 0)]  # of a desk
-MARGINS += [(2, 2, 2, 2), (20, 20, 20, 20), (0, 20, 0, 0)]  # frames and a title bar
+MARGINS = [60, (0, 60, 60, 60), (0, 0, 60, 60), (0, 0, 0, 60), (60, 0)]  # of a desk
+MARGINS += [2, 20, (0, 20, 0, 0)]  # frames and a title bar
 
 
 @pytest.mark.parametrize("desk, paper, pen", [(60, 225, 30), (250, 180, 30), (20, 120, 250)])
 @pytest.mark.parametrize("margins", MARGINS)
-def test_a_sheet_on_a_desk_a_frame_a_title_bar(tmp_path, margins, desk, paper, pen):
-    plain = utils.prepare_digit(draw(tmp_path / "plain.png"))
-    sheet = Image.open(tmp_path / "plain.png").point(lambda value: paper + (pen - paper) * value // 255)
-    ImageOps.expand(sheet, margins, desk).save(tmp_path / "desk.png")
-    assert distance(utils.prepare_digit(tmp_path / "desk.png"), plain) < 6
+def test_a_sheet_on_a_desk_a_frame_a_title_bar(error, margins, desk, paper, pen):
+    sheet = number().point(lambda value: paper + (pen - paper) * value // 255)
+    assert error(ImageOps.expand(sheet, margins, desk)) < 6
 
 
-SHEETS = [((100, 40), (300, 40), (343, 260), (57, 260))]  # seen in perspective
-SHEETS += [((60, 100), (290, 45), (345, 215), (115, 270)), ((200, 0), (350, 150), (200, 300), (50, 150))]  # turned
+PERSPECTIVE = [100, 40, 300, 40, 343, 260, 57, 260]
+TURNED = [60, 100, 290, 45, 345, 215, 115, 270]
+ON_A_CORNER = [200, 0, 350, 150, 200, 300, 50, 150]
 
 
-@pytest.mark.parametrize("corners", SHEETS)
-def test_a_sheet_may_lie_at_any_angle(tmp_path, corners):
-    plain = utils.prepare_digit(draw(tmp_path / "plain.png"))
-    desk, ink = Image.new("L", (400, 300), 60), Image.open(tmp_path / "plain.png").crop((40, 30, 160, 150))
+@pytest.mark.parametrize("corners", [PERSPECTIVE, TURNED, ON_A_CORNER])
+def test_a_sheet_may_lie_at_any_angle(error, corners):
+    desk = Image.new("L", (400, 300), 60)
     ImageDraw.Draw(desk).polygon(corners, 220)
-    desk.paste(30, (140, 90), ink)
-    ImageOps.expand(desk, 40, 60).save(tmp_path / "desk.png")
-    assert distance(utils.prepare_digit(tmp_path / "desk.png"), plain) < 6
+    desk.paste(30, (100, 60), number())
+    assert error(ImageOps.expand(desk, 40, 60)) < 6
 
 
-@pytest.mark.parametrize("sides", ["left", "top right bottom", "left top right bottom"])
-def test_a_digit_without_a_margin(tmp_path, sides):
-    plain = utils.prepare_digit(draw(tmp_path / "plain.png"))
-    page = Image.open(tmp_path / "plain.png")
-    ink = page.getbbox()
-    edges = [ink[i] if side in sides else whole for i, (side, whole) in enumerate(zip(SIDES, (0, 0, *page.size)))]
-    for turned in (page, ImageOps.invert(page)):
-        turned.crop(edges).save(tmp_path / "cut.png")
-        assert distance(utils.prepare_digit(tmp_path / "cut.png"), plain) < 4
+@pytest.mark.parametrize("sides", [[0], [1, 2, 3], [0, 1, 2, 3]])
+def test_a_digit_without_a_margin(error, sides):
+    page = number()
+    edges = [0, 0, *page.size]
+    for side in sides:
+        edges[side] = page.getbbox()[side]
+    cut = page.crop(edges)
+    assert error(cut) < 4
+    assert error(ImageOps.invert(cut)) < 4
 
 
-def test_a_small_digit(tmp_path):
-    plain = utils.prepare_digit(draw(tmp_path / "plain.png"))
-    small = utils.prepare_digit(draw(tmp_path / "small.png", size=(1000, 800), at=(700, 500), side=60))
-    assert distance(small, plain) < 6
+def test_a_small_digit(error):
+    small = number().resize((150, 100))
+    assert error(ImageOps.expand(small, (700, 500, 150, 200))) < 6
 
 
-def test_a_stroke_apart_belongs_to_its_digit_and_another_digit_does_not(tmp_path):
-    page = Image.new("L", (300, 300), 230)
+def test_a_stroke_apart_belongs_to_its_digit_and_another_digit_does_not(read, error):
+    page = number(5)
     pen = ImageDraw.Draw(page)
-    pen.line((90, 60, 190, 60), 20, 12)  # the top of a five
-    whole = page.copy()
-    for picture, gap in ((whole, 0), (page, 20)):
-        pen = ImageDraw.Draw(picture)
-        pen.line((95, 60 + gap, 90, 140), 20, 12)
-        pen.arc((60, 130, 190, 250), 210, 150, 20, 12)
-        picture.save(tmp_path / f"{gap}.png")
-    assert distance(utils.prepare_digit(tmp_path / "20.png"), utils.prepare_digit(tmp_path / "0.png")) < 8
-    pen.line((240, 60, 240, 250), 20, 12)
-    page.save(tmp_path / "two.png")
+    pen.rectangle((40, 57, 160, 65), 0)  # its top is apart
+    assert error(page, other=number(5)) < 8
+    pen.rectangle((180, 50, 190, 130), 255)
     with pytest.raises(ValueError, match="more than one digit"):
-        utils.prepare_digit(tmp_path / "two.png")
+        read(page)
 
 
-def test_a_speck_in_the_loop_of_a_zero_is_no_digit(tmp_path):
-    page = Image.new("L", (300, 300), 250)
-    for name in ("plain", "speck"):
-        ImageDraw.Draw(page).ellipse((90, 50, 210, 250), outline=20, width=16)
-        page.save(tmp_path / f"{name}.png")
-        ImageDraw.Draw(page).ellipse((147, 147, 152, 152), fill=190)
-    assert distance(*(utils.prepare_digit(tmp_path / f"{name}.png") for name in ("plain", "speck"))) < 3
-
-
-ZEROS = [("ellipse", 40, {"width": 30}), ("rounded_rectangle", 70, {"radius": 30, "width": 12})]
-
-
-@pytest.mark.parametrize("shape, left, style", ZEROS)
-def test_the_inside_of_a_thick_zero_is_no_page_and_a_narrow_one_is_no_frame(tmp_path, shape, left, style):
-    page = Image.new("L", (200, 200))
-    getattr(ImageDraw.Draw(page), shape)((left, 30, 200 - left, 170), outline=255, **style)
-    page.save(tmp_path / "zero.png")
-    middle = utils.prepare_digit(tmp_path / "zero.png")[0, 0, 14]
-    assert middle[14] == 0 and middle.max() > 200
-
-
-def test_an_eight_of_seven_segments_is_no_frame(tmp_path):
-    page = Image.new("L", (200, 200))
-    for top in (30, 100):
-        ImageDraw.Draw(page).rectangle((60, top, 140, top + 80), outline=255, width=9)
-    page.save(tmp_path / "eight.png")
-    column = utils.prepare_digit(tmp_path / "eight.png")[0, 0, :, 14]
-    assert ((column[1:] > 127) > (column[:-1] > 127)).sum() == 3  # three bars, one below the other
-
-
-def test_any_small_picture_is_read_or_refused(tmp_path):
-    chance = random.Random(0)
-    for _ in range(60):
-        width, height, low = chance.randint(1, 12), chance.randint(1, 12), chance.randint(0, 250)
-        pixels = bytes(chance.choices((low, 250), (1, 2), k=width * height))
-        Image.frombytes("L", (width, height), pixels).save(tmp_path / "small.png")
-        with contextlib.suppress(ValueError):
-            assert utils.prepare_digit(tmp_path / "small.png").shape == (1, 1, 28, 28)
-
-
-def test_what_is_no_digit_is_refused(tmp_path, monkeypatch):
-    Image.new("L", (50, 50), 200).save(tmp_path / "blank.png")
-    Image.new("L", (1, 1)).save(tmp_path / "dot.png")
-    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
-    (tmp_path / "cut.png").write_bytes(draw(tmp_path / "whole.png").read_bytes()[:200])
+def drawn(shape, *box, **style):
+    """Return a picture of an ellipse, a rectangle or the like, dark on light."""
     page = Image.new("L", (200, 200), 240)
-    for name, shape, style in (("frame", "rectangle", {"outline": 0, "width": 9}), ("blob", "ellipse", {"fill": 0})):
-        picture = page.copy()
-        getattr(ImageDraw.Draw(picture), shape)((30, 30, 170, 160), **style)
-        picture.save(tmp_path / f"{name}.png")
-    ImageDraw.Draw(page).rectangle((80, 30, 140, 160), outline=0, width=9)
-    page.save(tmp_path / "tall.png")
-    page.rotate(25, fillcolor=240).save(tmp_path / "tilted.png")
-    Image.effect_noise((200, 200), 100).save(tmp_path / "noise.png")
-    words = {"blank.png": "no digit", "dot.png": "no digit", "photo.heic": "JPEG or PNG", "cut.png": "JPEG or PNG"}
-    words |= {"tall.png": "frame", "tilted.png": "frame", "frame.png": "frame", "blob.png": "blob"}
-    words |= {"noise.png": "digit", "none.png": "No such file"}
-    for name, word in words.items():
-        with pytest.raises(ValueError, match=word):
-            utils.prepare_digit(tmp_path / name)
-    # Of whole.png's 60,000 pixels: Pillow warns above this many, and refuses twice as many.
-    for most in (50_000, 20_000):
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
-        with pytest.raises(ValueError, match="60000 pixels"):
-            utils.prepare_digit(tmp_path / "whole.png")
+    getattr(ImageDraw.Draw(page), shape)(box, outline=0, **style)
+    return page
 
 
-def test_predict_answers_every_file(run_script, tmp_path):
-    three, two = draw(tmp_path / "three.png"), draw(tmp_path / "$_^$.jpg", "RGB", True)
-    refused(run_script("train_M2.py", "--predict", str(three)), "model.pt: train first")
-    (tmp_path / "out").mkdir()
+THICK = drawn("ellipse", 40, 30, 160, 170, width=30)
+NARROW = drawn("rounded_rectangle", 70, 30, 130, 170, radius=30, width=12)
+
+
+def test_a_speck_in_the_loop_of_a_zero_is_no_digit(error):
+    speck = THICK.copy()
+    ImageDraw.Draw(speck).ellipse((97, 97, 102, 102), 190)
+    assert error(speck, other=THICK) < 3
+
+
+@pytest.mark.parametrize("zero", [THICK, NARROW])
+def test_the_inside_of_a_thick_zero_is_no_page_and_a_narrow_one_is_no_frame(read, zero):
+    middle = read(zero)[0, 0, 14]
+    assert middle[14] == 0
+    assert middle.max() > 200
+
+
+def test_an_eight_of_seven_segments_is_no_frame(read):
+    is_ink = read(number(8))[0, 0, :, 14] > 127
+    assert (is_ink[1:] > is_ink[:-1]).sum() == 3  # three bars, one below the other
+
+
+def test_any_small_picture_is_read_or_refused(read):
     torch.manual_seed(0)
-    model = models.MNIST_CNN_M2()
-    torch.save(model.state_dict(), tmp_path / "out" / "model.pt")
-    (tmp_path / "bad.png").write_text("")
-    done = run_script("train_M2.py", "--predict", str(three), str(tmp_path / "bad.png"), str(two), pictures=True)
-    refused(done, "bad.png: not readable")
-    lines = [line for line in done.stdout.splitlines() if "sure" in line]
-    logits = model.eval()(utils.normalize(utils.prepare_digit(three) / 255))
-    (confidence, _), (digit, second) = (values.tolist() for values in logits.softmax(1)[0].topk(2))
-    assert lines[0] == f"{three}: {digit}, {100 * confidence:.1f}% sure, then {second}"
-    assert len(lines) == 2 and (tmp_path / "out" / "images" / "M2_predictions.png").exists()
-    assert run_script("train_M2.py", "--predict", str(three)).returncode == 0
-    refused(run_script("train_M4.py", "--predict", str(three)), "MNIST_CNN_M4")
+    for _ in range(60):
+        height, width, contrast = torch.randint(1, 13, (3,)).tolist()
+        pixels = 20 * contrast * torch.randint(2, (height, width))
+        picture = Image.fromarray(pixels.byte().numpy())
+        with contextlib.suppress(ValueError):
+            assert read(picture).shape == (1, 1, 28, 28)
 
 
-def test_predict_takes_folders_patterns_and_names_that_are_no_text(run_script, tmp_path):
-    folder, words = tmp_path / "folder", "read with"
-    (tmp_path / "out").mkdir()
-    torch.save(models.MNIST_CNN_M1().state_dict(), tmp_path / "out" / "model.pt")
+TALL = drawn("rectangle", 80, 30, 140, 160, width=9)
+NO_DIGITS = [
+    ("no digit", Image.new("L", (50, 50), 200)),
+    ("no digit", Image.new("L", (1, 1))),
+    ("frame", drawn("rectangle", 30, 30, 170, 160, width=9)),
+    ("frame", TALL),
+    ("frame", TALL.rotate(25, fillcolor=240)),
+    ("blob", drawn("ellipse", 30, 30, 170, 160, fill=0)),
+    ("digit", Image.effect_noise((200, 200), 100)),
+]
+
+
+@pytest.mark.parametrize("word, picture", NO_DIGITS)
+def test_what_is_no_digit_is_refused(read, word, picture):
+    with pytest.raises(ValueError, match=word):
+        read(picture)
+
+
+def test_what_is_no_picture_is_refused(read, tmp_path, monkeypatch):
+    path = tmp_path / "photo.png"
+    with pytest.raises(ValueError, match="No such file"):
+        utils.prepare_digit(path, True)
+    number().save(path)
+    for content in (path.read_bytes()[:200], b"\0\0\0\x18ftypheic" + bytes(100)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="JPEG or PNG"):
+            utils.prepare_digit(path, True)
+    # Pillow refuses a picture of more than twice as many pixels.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
+    with pytest.raises(ValueError, match="60000 pixels"):
+        read(number())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_predict_prepares_pictures_as_the_training_images_were(run_script, tmp_path, name):
+    script, file = f"train_{name}.py", tmp_path / "slanted.png"
+    slanted().save(file)
+    run_script(script, "--epochs", "1", "--batch-size", "10")
+    said = run_script(script, "--predict", str(file)).stdout
+    model = NETWORKS[name]().eval()
+    model.load_state_dict(torch.load(tmp_path / "out" / "model.pt"))
+    for straightened in (False, True):
+        digit = utils.prepare_digit(file, straightened)
+        confidence, order = model(utils.normalize(digit / 255)).softmax(1)[0].topk(2)
+        line = f"{file}: {order[0]}, {100 * confidence[0]:.1f}% sure, then {order[1]}\n"
+        assert (line in said) == (straightened == (name == "M4"))
+
+
+@pytest.fixture
+def predict(run_script):
+    """Run `--predict` with an M2 of one epoch, or what has become of it."""
+    run_script("train_M2.py", "--epochs", "1", "--limit", "128")
+
+    def run(*paths, script="train_M2.py", **options):
+        return run_script(script, "--predict", *map(str, paths), **options)
+
+    return run
+
+
+def test_predict_answers_every_picture_in_files_folders_and_patterns(predict, tmp_path):
+    folder = tmp_path / "folder"
     folder.mkdir()
-    names = [b"a.png", b"b.png", b"\xff.png" if sys.platform == "linux" else b"c.png"]
-    for name in names:
-        os.rename(draw(folder / "x.png"), os.path.join(os.fsencode(folder), name))
     (folder / "notes.txt").write_text("no picture")
-    for name in ("a[1].jpg", "a1.jpg"):
-        draw(folder / name)
-    for paths, count in ((folder, 5), (folder / "*.png", 3), (tmp_path / "f*", 5), (folder / "a[1].jpg", 1)):
-        done = run_script("train_M1.py", "--predict", str(paths), pictures=True)
-        assert done.returncode == 0 and done.stdout.count("sure") == count and words in done.stdout, done.stderr
-    assert "a[1].jpg: " in done.stdout and done.stderr == ""
-    refused(run_script("train_M1.py", "--predict", str(tmp_path / "out")), "out: no picture in this folder")
+    strange = b"\xff.png" if sys.platform == "linux" else b"c.png"  # no text
+    for name in ("$_^$.png", os.fsdecode(strange), "a[1].jpg", "a1.jpg"):
+        number().save(folder / name)
+    bad = tmp_path / "bad.png"
+    bad.write_text("")
+    done = predict(bad, folder, pictures=True)
+    refused(done, "bad.png: not readable")
+    assert done.stdout.count("sure") == 4
+    assert list(tmp_path.rglob("M2_predictions.png"))
+    paths = {folder / "*.png": 2, tmp_path / "f*": 4, folder / "a[1].jpg": 1}
+    for path, count in paths.items():
+        done = predict(path)
+        assert done.returncode == 0
+        assert done.stdout.count("sure") == count
+    assert "a[1].jpg: " in done.stdout
+    refused(predict(tmp_path / "out"), "out: no picture in this folder")
+
+
+def test_predict_refuses_what_is_no_model_of_this_version(predict, tmp_path):
+    file, model = tmp_path / "three.png", tmp_path / "out" / "model.pt"
+    number().save(file)
+    refused(predict(file, script="train_M4.py"), "MNIST_CNN_M4")
+    metrics = model.with_name("metrics.json")
+    for damaged in ("", "[]", "{}"):
+        metrics.write_text(damaged)
+        refused(predict(file), "metrics.json")
+    metrics.unlink()
+    refused(predict(file), "metrics.json")
+    torch.save({"conv1.weight": torch.zeros(8, 1, 3, 3)}, model)
+    refused(predict(file), "earlier version")
+    model.unlink()
+    refused(predict(file), "model.pt: train first")

@@ -1,16 +1,31 @@
 """Interruption, full disks, other people's files and other people's settings."""
 
+import json
 import os
 import random
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import history, posix, refused, same_weights
+from conftest import ROOT, history, posix, refused, same_weights
 
 import models
 import utils
+
+# Ctrl-C at the end of the second epoch. A shell's background job ignores SIGINT from the start.
+CTRL_C = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+evaluate, calls = utils.evaluate, []
+def stop(*args):
+    calls.append(1)
+    if len(calls) == STOP:
+        os.kill(os.getpid(), signal.SIGINT)
+    return evaluate(*args)
+utils.evaluate = stop
+"""
 
 
 def files(directory):
@@ -24,12 +39,12 @@ def test_25_kills_at_any_moment_change_nothing(run_script, tmp_path):
     start = time.perf_counter()
     assert run_script("train_M4.py", *options, output="whole", start=subprocess.run).returncode == 0
     whole = time.perf_counter() - start
-    chance, kills = random.Random(0), 0
+    chance = random.Random(0)
+    kills = 0
     while kills < 25:
         output = f"killed-{kills}"
         for _ in range(8):
-            # The whole run had one thread: the bits are the same.
-            process = run_script("train_M4.py", *options, output=output, OMP_NUM_THREADS="2", start=subprocess.Popen)
+            process = run_script("train_M4.py", *options, output=output, start=subprocess.Popen)
             try:
                 process.communicate(timeout=chance.uniform(0, whole))
                 break
@@ -44,45 +59,81 @@ def test_25_kills_at_any_moment_change_nothing(run_script, tmp_path):
 
 
 def test_killed_and_resumed_is_bit_for_bit_the_same(run_script, tmp_path):
-    options = ("--epochs", "5", "--batch-size", "32")  # of which two leave out the border
+    options = ("--epochs", "5", "--batch-size", "32")
     assert run_script("train_M4.py", *options, output="whole").returncode == 0
-    two = {"output": "killed", "OMP_NUM_THREADS": "2"}
-    process = run_script("train_M4.py", *options, **two, start=subprocess.Popen)
+    process = run_script("train_M4.py", *options, output="killed", start=subprocess.Popen)
     assert any("epoch=1 " in line for line in process.stdout)
     process.kill()
     process.communicate()
-    done = run_script("train_M4.py", *options, "--resume", **two)
+    done = run_script("train_M4.py", *options, "--resume", output="killed")
     assert done.returncode == 0 and "epoch=1 " not in done.stdout and "epoch=5 " in done.stdout
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
-    # Another recipe's and another model's checkpoint are refused by name; a finished run is not repeated.
-    again = (*options, "--resume")
-    refused(run_script("train_M4.py", *again, "--max-lr", "0.5", output="killed"), "max_lr 0.0085, not 0.5")
-    refused(run_script("train_M4.py", *again, "--epochs", "6", output="killed"), "epochs 5, not 6")
-    refused(run_script("train_M4.py", *again, "--precision", "bfloat16", output="killed"), "precision float32")
-    refused(run_script("train_M3.py", *again, output="killed"), "model M4, not M3")
-    (tmp_path / "killed" / "model.pt").unlink()
-    done = run_script("train_M4.py", *again, output="killed")
-    assert f"{tmp_path / 'killed' / 'checkpoint.pt'}: 5 of 5 epochs are done" in done.stdout
-    assert done.returncode == 0 and "epoch=" not in done.stdout and (tmp_path / "killed" / "model.pt").exists()
-    done = run_script("train_M1.py", "--epochs", "1", "--resume", output="new")
+
+
+def test_resuming_a_finished_run_writes_what_is_missing_and_another_recipe_is_refused(
+    run_script, tmp_path
+):
+    options = ("--epochs", "2", "--resume")
+    done = run_script("train_M4.py", *options)
     assert done.returncode == 0 and "epoch=1 " in done.stdout
-    assert f"There is no {tmp_path / 'new' / 'checkpoint.pt'} to resume from: training from the first" in done.stdout
+    assert f"nothing to resume: there is no {tmp_path / 'out' / 'checkpoint.pt'}" in done.stdout
+    refused(run_script("train_M4.py", *options, "--max-lr", "0.5"), "max_lr", "not 0.5")
+    refused(run_script("train_M4.py", "--resume", "--epochs", "6"), "epochs 2, not 6")
+    refused(run_script("train_M3.py", *options), "model M4, not M3")
+    plain = "import train_M4\ntrain_M4.STRAIGHTEN = False\ntrain_M4.utils.launch(train_M4.main)"
+    refused(run_script("train_M4.py", *options, before=plain), "straighten True, not False")
+    (tmp_path / "out" / "model.pt").unlink()
+    done = run_script("train_M4.py", *options)
+    assert "2 of 2 epochs are done" in done.stdout and "epoch=" not in done.stdout
+    assert done.returncode == 0 and (tmp_path / "out" / "model.pt").exists()
+    assert not (tmp_path / "out" / "earlier").exists()
+
+
+def test_each_epoch_says_on_what_it_was_trained(run_script, tmp_path):
+    options = ("train_M1.py", "--epochs", "3", "--resume")
+    stop = CTRL_C.replace("STOP", "2")
+    assert run_script(*options, before=stop, OMP_NUM_THREADS="1").returncode == 130
+    assert run_script(*options, OMP_NUM_THREADS="2").returncode == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    first, second, third = (row["environment"] for row in metrics["history"])
+    assert first != second == third
+    assert first.startswith("cpu, ") and f"torch {torch.__version__}" in first
 
 
 @posix
-@pytest.mark.parametrize("number, status", [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_ends_the_run_with_the_command_that_resumes(run_script, tmp_path, number, status):
-    # A shell's background job, which the tests may be, ignores SIGINT from the start.
-    stop = "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); real = utils.train\n"
-    stop += f"def train(*args): return os.kill(os.getpid(), signal.{number}) if args[-1] == 3 else real(*args)\n"
-    done = run_script("train_M2.py", "--epochs", "4", before=stop + "utils.train = train")
-    assert done.returncode == status and "--resume true" in done.stderr and "Traceback" not in done.stderr
-    # A run that is stopped before it has saved anything must not name what an older run has left.
-    done = run_script("train_M2.py", "--epochs", "4", before=f"{stop.replace('== 3', '== 1')}utils.train = train")
-    assert done.returncode == status and not done.stderr
-    done = run_script("train_M2.py", "--epochs", "4", "--resume")
-    assert done.returncode == 0 and "epoch=2 " not in done.stdout and "epoch=3 " in done.stdout
+def test_ctrl_c_gives_the_command_that_resumes(run_script):
+    done = run_script("train_M2.py", "--epochs", "3", before=CTRL_C.replace("STOP", "2"))
+    assert done.returncode == 130 and "--resume true" in done.stderr
+    assert "Traceback" not in done.stderr
+    # A run that is stopped before it has saved anything must not name what an older one has left.
+    done = run_script("train_M2.py", "--epochs", "3", before=CTRL_C.replace("STOP", "1"))
+    assert done.returncode == 130 and not done.stderr
+    done = run_script("train_M2.py", "--epochs", "3", "--resume")
+    assert done.returncode == 0 and "epoch=1 " not in done.stdout and "epoch=2 " in done.stdout
+
+
+def test_no_run_loses_the_files_of_an_earlier_one(run_script, tmp_path):
+    out = tmp_path / "out"
+    one = ("train_M1.py", "--epochs", "1", "--images-dir", str(out))
+    assert run_script(*one, pictures=True).returncode == 0
+    first = files(out)
+    assert len(first) == 6
+    # A run that ends before its first epoch changes nothing.
+    assert run_script(*one, before=CTRL_C.replace("STOP", "1")).returncode == 130
+    assert files(out) == first
+    # Another one, of two seeds, and a shorter one of these: each says where the files are.
+    done = run_script(*one, "--seeds", "1", "2", pictures=True)
+    assert f"the files of an earlier run are now in {out / 'earlier' / '1'}" in done.stdout
+    moved = {path.name: content for path, content in files(out / "earlier" / "1").items()}
+    assert moved == {path.name: content for path, content in first.items()}
+    seed = files(out / "seed-1")
+    done = run_script(*one, "--seeds", "1", "--output-dir", str(out / "seed-1"))
+    assert done.returncode == 0 and set(files(out / "seed-1" / "earlier").values()) == set(
+        seed.values()
+    )
+    # No pattern for runs finds what was moved.
+    assert not [path for path in out.glob("*/metrics.json") if "seed-" not in path.parent.name]
 
 
 @posix
@@ -91,49 +142,114 @@ def test_a_closed_pipe_costs_no_epoch(run_script, tmp_path):
     assert any("epoch=1 " in line for line in process.stdout)
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(timeout=60) == 2 and "Broken pipe" in err and len(err.splitlines()) == 1
-    kept = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["record"]["history"]
+    assert process.wait(timeout=60) == 2
+    assert "Broken pipe" in err and len(err.splitlines()) == 1
+    kept = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["history"]
     assert 1 < len(kept) < 50  # with the epoch whose line nobody read
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is of Linux")
+@pytest.mark.parametrize("streams, status", [("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 2)])
+def test_closed_and_full_streams(run_script, tmp_path, streams, status):
+    def start(command, **settings):
+        shell = ["sh", "-c", f'exec "$@" {streams}', "sh", *command]
+        return subprocess.run(shell, check=False, **settings)
+
+    done = run_script("train_M1.py", "--epochs", "1", start=start)
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "model.pt").exists() == (status == 0)
+
+
 @posix
-def test_the_directory_is_locked_while_a_run_lasts_and_no_longer(run_script, tmp_path):
+def test_the_directory_is_locked_while_a_run_lasts_and_no_longer(run_script):
     first = run_script("train_M1.py", "--epochs", "500", start=subprocess.Popen)
-    first.stdout.readline()
+    assert any("epoch=1 " in line for line in first.stdout)
     refused(run_script("train_M1.py", "--epochs", "1"), "another run is writing into")
     first.kill()
     first.communicate()
-    # As in IPython, where the process goes on: a run, one that is interrupted, and another.
-    script = "for stop in (False, True, False):\n    real = utils.evaluate\n    if stop:\n"
-    script += "        def evaluate(*args): raise KeyboardInterrupt\n        utils.evaluate = evaluate\n"
-    script += "    try:\n        runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    script += "    except SystemExit as end:\n        print('status', end.code)\n    utils.evaluate = real\n"
-    done = run_script("train_M1.py", "--epochs", "1", before=script)
-    assert [line for line in done.stdout.splitlines() if "status" in line] == ["status 0", "status 130", "status 0"]
+    # As in IPython, where the process goes on: one that is interrupted, and another.
+    twice = CTRL_C.replace("STOP", "1")
+    twice += "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    twice += "except SystemExit as end:\n    print('status', end.code)\n"
+    done = run_script("train_M1.py", "--epochs", "1", before=twice)
+    assert done.returncode == 0 and "status 130" in done.stdout
 
 
 @posix
 def test_full_disk_keeps_what_was_there(run_script, tmp_path):
     assert run_script("train_M4.py", "--epochs", "1").returncode == 0
-    before = files(tmp_path / "out")
-    for limit in (20_000, 60_000):
-        full = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))"
-        done = run_script("train_M4.py", "--epochs", "1", "--max-lr", "0.001", before=full)
-        refused(done, "checkpoint.pt could not be written", "File too large")
-        assert files(tmp_path / "out") == before
+    before = sorted(files(tmp_path / "out").values())
+    full = "import resource\n"
+    full += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))"
+    done = run_script("train_M4.py", "--epochs", "1", "--max-lr", "0.001", before=full)
+    refused(done, "checkpoint.pt could not be written", "File too large")
+    assert sorted(files(tmp_path / "out").values()) == before
+
+
+@pytest.mark.parametrize("code", [22, 95])
+def test_a_drive_without_fsync_and_a_file_that_is_held_for_a_moment(tmp_path, monkeypatch, code):
+    def no_fsync(descriptor):
+        raise OSError(code, "not supported")
+
+    def held(source, target):
+        monkeypatch.setattr(os, "replace", replace)
+        raise PermissionError(13, "used by another process")
+
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", no_fsync)
+    monkeypatch.setattr(os, "replace", held)
+    utils.write_file(tmp_path / "file", lambda file: file.write(b"content"))
+    assert files(tmp_path) == {tmp_path / "file": b"content"}
+
+
+def test_a_file_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    def broken(descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(utils.UserError, match="file could not be written.*Input/output"):
+        utils.write_file(tmp_path / "file", lambda file: file.write(b"content"))
+    assert not files(tmp_path)
 
 
 def test_a_picture_that_fails_costs_a_message_and_not_the_results(run_script, tmp_path):
     broken = "def fail(*args): raise ValueError('no ink')\nutils.plot_confusion = fail"
     done = run_script("train_M1.py", "--epochs", "1", before=broken, pictures=True)
     assert done.returncode == 0 and "M1_confusion.png could not be drawn: no ink" in done.stderr
-    assert "next: python" in done.stdout and (tmp_path / "out" / "images" / "M1_misclassified.png").exists()
+    assert (tmp_path / "out" / "images" / "M1_misclassified.png").exists()
 
 
-def test_memory_that_runs_out(capsys):
+MEMORY = [
+    (MemoryError(), "not enough memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. GPU 0 has 1 GiB"), "GPU 0"),
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "CUDA error"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "9 bytes"),
+]
+
+
+@pytest.mark.parametrize("error, words", MEMORY)
+def test_memory_that_runs_out_is_told_in_one_line(capsys, error, words):
+    def main():
+        raise error
+
     with pytest.raises(SystemExit) as stop:
-        utils.run(lambda: torch.empty(1 << 50))
-    assert stop.value.code == 2 and "memory" in capsys.readouterr().err
+        utils.launch(main)
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and words in line and line.count("\n") == 1
+    # Another device keeps the recipe, a smaller batch does not.
+    assert line.index("--device") < line.index("--batch-size")
+
+
+BUGS = [TypeError("augment() got 3"), FileNotFoundError("recipe.txt"), RuntimeError("allocated")]
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_keeps_its_traceback(bug):
+    def main():
+        raise bug
+
+    with pytest.raises(type(bug)):
+        utils.launch(main)
 
 
 @posix
@@ -144,14 +260,16 @@ def test_output_that_cannot_be_a_directory(run_script, tmp_path):
 
 
 def test_loss_that_is_no_number_keeps_the_checkpoint(run_script, tmp_path):
-    # Ten steps and one evaluation an epoch: the 25th loss is one of epoch 3.
-    poison = "import torch.nn.functional as F; real, calls = F.cross_entropy, []; "
-    poison += "F.cross_entropy = lambda *a: calls.append(1) or real(*a) * (float('nan') if len(calls) > 24 else 1)"
-    options = ("--epochs", "4", "--batch-size", "60")
-    refused(run_script("train_M1.py", *options, before=poison), "not finite in epoch 3", "--max-lr")
-    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] == ["checkpoint.pt"]
-    done = run_script("train_M1.py", *options, "--resume")
-    assert done.returncode == 0 and "epoch=2 " not in done.stdout and "epoch=3 " in done.stdout
+    # Its rate is no number from the second epoch on.
+    poison = "import torch\nstep = torch.optim.AdamW.step\ncalls = []\n"
+    poison += "def broken(self, *args):\n    calls.append(1)\n    if len(calls) > 15:\n"
+    poison += "        self.param_groups[0]['lr'] = float('nan')\n    return step(self, *args)\n"
+    poison += "torch.optim.AdamW.step = broken"
+    options = ("train_M1.py", "--epochs", "3", "--batch-size", "60")
+    refused(run_script(*options, before=poison), "not finite in epoch 2", "--max-lr")
+    assert [path.name for path in files(tmp_path / "out")] == ["checkpoint.pt"]
+    done = run_script(*options, "--resume")
+    assert done.returncode == 0 and "epoch=1 " not in done.stdout and "epoch=2 " in done.stdout
 
 
 def test_files_with_code_are_refused(run_script, tmp_path):
@@ -165,10 +283,20 @@ def test_files_with_code_are_refused(run_script, tmp_path):
 
 
 def test_a_flipped_bit_in_a_model_is_found(tmp_path):
-    path, model = tmp_path / "model.pt", models.MNIST_CNN_M4()
+    path = tmp_path / "model.pt"
+    model = models.MNIST_CNN_M4()
     torch.save(model.state_dict(), path)
     content = bytearray(path.read_bytes())
-    content[content.index(model.conv6.weight.detach().numpy().tobytes())] ^= 1
+    weights = model.layers[0].weight.detach().numpy().tobytes()
+    content[content.index(weights)] ^= 1
     path.write_bytes(content)
     with pytest.raises(utils.UserError, match="model.pt cannot be used.*checksum"):
         utils.load_file(path)
+
+
+def test_an_old_python_is_told_at_once(tmp_path):
+    # The version that utils sees; Python 3.9 itself may not be here.
+    code = "import sys\nsys.version_info = (3, 9)\nimport utils"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    refused(done, "Python 3.10")
