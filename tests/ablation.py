@@ -1,8 +1,8 @@
-"""Train variants of M4 on held-out images: python tests/ablation.py [--rows ROW ...] [--seeds SEED ...]
+"""`python tests/ablation.py [--rows ROW ...] [--seeds SEED ...]` trains variants of M4.
 
-Each row and seed goes into a directory of its own below runs/ablation, and what is finished there is
-not repeated: remove it after a change of the code. tests/figures.py makes the tables from it. Further
-options go to train_M4.py.
+They are evaluated on held-out images. Each row and seed goes into a directory of its own below
+runs/ablation, and what is finished there is not repeated: remove it after a change of the code.
+tests/figures.py makes the tables from it. Further options go to train_M4.py.
 """
 
 import argparse

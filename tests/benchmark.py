@@ -1,17 +1,19 @@
-"""Time an epoch of M4 on the CPU, side by side: python tests/benchmark.py (not collected by pytest)
+"""Time an epoch of M4 on the CPU, side by side, on Linux: python tests/benchmark.py
 
-usual  PIL transforms for each image, a DataLoader, `nn.Dropout`, AdamW, `.item()` at each step, on all
-       cores; without worker processes for the transforms, and with two
+usual  PIL transforms for each image, a DataLoader, `nn.Dropout`, AdamW, `.item()` at each step, on
+       all cores; without worker processes for the transforms, and with two
 ours   train_M4.py itself: the second of two epochs, with the threads that it chooses
 floor  forward, backward and fused AdamW of an M4 without dropout on one ready batch, no evaluation,
        with the threads and the memory settings of ours
 
-Usual and ours are also timed beside a busy process, which keeps one core. Each measurement is a process
-of its own that trains on a part of the images and evaluates on a sixth as many, scaled to a whole epoch
-(60,000 and 10,000). Reading and straightening, once a run, do not count. The measurements alternate. The
-table gives medians, and a ratio is the median of the ratios of measurements from the same round; the
-speedup beside a busy process is over usual beside one. Peak memory is that of a run with all images.
-Together they take 10 to 15 minutes on two cores; `--images 3000 --repeats 1` gives a rough table in two.
+Usual and ours are also timed beside a busy process, which keeps one core. Each measurement is a
+process of its own that trains on a part of the images and evaluates on a sixth as many, scaled to a
+whole epoch (60,000 and 10,000). Reading and straightening, once a run, do not count.
+
+The measurements alternate. The table gives medians, and a ratio is the median of the ratios of
+measurements from the same round; the speedup beside a busy process is over usual beside one. Peak
+memory is that of a run with all images. Together they take 10 to 15 minutes on two idle cores;
+`--images 3000 --repeats 1` gives a rough table in two or three.
 """
 
 import argparse

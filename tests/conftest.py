@@ -25,9 +25,9 @@ import utils
 
 NETWORKS = {name: getattr(models, f"MNIST_CNN_{name}") for name in ("M1", "M2", "M3", "M4")}
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
-# What takes a fork longest to import: torch's optimizers import torch._dynamo. Not matplotlib, which
-# reads its settings from the environment when it is imported.
-PRELOADED = ["pytest", "torch._dynamo"]
+# What takes a fork longest to import; torch's optimizers import torch._dynamo. A test of what
+# matplotlib reads from the environment while it is imported must `start` a process from scratch.
+PRELOADED = ["pytest", "torch._dynamo", "matplotlib.figure"]
 # Seven segments: top, upper left, upper right, middle, lower left, lower right, bottom.
 SEGMENTS = ["1110111", "0010010", "1011101", "1011011", "0111010"]
 SEGMENTS += ["1101011", "1101111", "1010010", "1111111", "1111011"]
@@ -36,7 +36,7 @@ BOXES += [(13, 24, 8, 10), (13, 24, 18, 20), (22, 24, 8, 20)]
 
 
 def draw_digits(count, seed):
-    """Return `count` noisy seven-segment digits, uint8 (count, 1, 28, 28), and their labels, int64."""
+    """Return `count` noisy seven-segment digits, uint8 (count, 1, 28, 28), and their labels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 10
     images = torch.zeros(count, 1, 28, 28)
@@ -154,9 +154,9 @@ def run_script(sums, data_dir, tmp_path):
     """Run a training script as a process of its own that takes the generated set for MNIST.
 
     start: what starts the process, given what `subprocess.run` takes. Without it the process is, on
-    Linux, a fork: to import torch anew takes most of the time of a run so short. before: code to run in
-    the process first. pictures: draw them, which takes longer than such a run does. Upper-case keywords
-    are environment variables.
+    Linux, a fork: to import torch anew takes most of the time of a run so short. before: code to
+    run in the process first. pictures: draw them, which takes longer than such a run does.
+    Upper-case keywords are environment variables.
     """
 
     def run(

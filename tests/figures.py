@@ -1,8 +1,8 @@
-"""Print the README's tables and draw its pictures from tests/results.csv: python tests/figures.py
+"""`python tests/figures.py` makes the README's tables and pictures from tests/results.csv.
 
-With `--runs runs` the file is first made anew from the finished runs in runs/M1/seed-1 and so on, and
-from those of tests/ablation.py in runs/ablation. With `--digits runs/M4/model.pt` the M4 of that run
-also reads pictures made of MNIST's test images.
+With `--runs runs` the file is first made anew from the finished runs in runs/M1/seed-1 and so on,
+and from those of tests/ablation.py in runs/ablation. With `--digits runs/M4/model.pt` the M4 of
+that run also reads pictures made of MNIST's test images.
 """
 
 import argparse
@@ -49,9 +49,10 @@ KINDS += NO_DIGIT
 
 
 def write_results(runs, path):
-    """Write every epoch of the finished runs below `runs` to the CSV file `path`, and what they ran on.
+    """Write every epoch of the finished runs below `runs` to the CSV file `path`.
 
-    Raises UserError if runs that a table compares were made with different settings.
+    Its first lines say what they ran on. Raises UserError if runs that a table compares were made
+    with different settings.
     """
     rows, environments, parts = [], set(), set()
     for run in (*LADDER, *ROWS):
@@ -123,7 +124,7 @@ def lowest(histories):
 
 
 def differences(runs, row, key="test_acc"):
-    """Return the final figures of `row` less those of the whole recipe, for each seed that both have."""
+    """Return the final figures of `row` less the whole recipe's, for each seed that both have."""
     part, whole = runs[row], runs[WHOLE]
     seeds = sorted(part.keys() & whole.keys())
     return torch.tensor([part[seed][-1][key] - whole[seed][-1][key] for seed in seeds])
@@ -169,7 +170,7 @@ def print_ladder(runs):
 
 
 def print_ablation(runs):
-    """Print the whole recipe's means, and the other rows' mean differences from them ± standard errors."""
+    """Print the whole recipe's means, and the others' mean differences ± standard errors."""
     for title, rows in GROUPS.items():
         table = [[title, "seeds", "accuracy", "loss"]]
         for row in filter(runs.get, rows):
@@ -228,7 +229,7 @@ def draw_ladder(runs):
 
 
 def draw_ablation(runs):
-    """Return a figure of the differences in final accuracy, seed by seed, a panel for each table."""
+    """Return a figure of the differences in accuracy, seed by seed, a panel for each table."""
     figure = utils.new_figure(10, 4.2)
     panels = figure.subplots(1, 3, sharex=True, width_ratios=(3, 2, 2))
     for axes, (title, rows) in zip(panels, GROUPS.items(), strict=True):
@@ -252,7 +253,7 @@ def draw_ablation(runs):
 
 
 def draw_augmentation(images):
-    """Return a figure of five training digits, straightened, and of eight draws of each, as M4 sees them."""
+    """Return a figure of five training digits, straightened, and eight draws of each for M4."""
     torch.manual_seed(1)
     upright = utils.straighten(images[:5])
     draws = [255 * utils.augment(upright / 255, **train_M4.AUGMENT) for _ in range(8)]

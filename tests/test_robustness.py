@@ -117,23 +117,32 @@ def test_no_run_loses_the_files_of_an_earlier_one(run_script, tmp_path):
     out = tmp_path / "out"
     one = ("train_M1.py", "--epochs", "1", "--images-dir", str(out))
     assert run_script(*one, pictures=True).returncode == 0
-    first = files(out)
+    first = sorted(files(out).values())
     assert len(first) == 6
     # A run that ends before its first epoch changes nothing.
     assert run_script(*one, before=CTRL_C.replace("STOP", "1")).returncode == 130
-    assert files(out) == first
-    # Another one, of two seeds, and a shorter one of these: each says where the files are.
-    done = run_script(*one, "--seeds", "1", "2", pictures=True)
-    assert f"the files of an earlier run are now in {out / 'earlier' / '1'}" in done.stdout
-    moved = {path.name: content for path, content in files(out / "earlier" / "1").items()}
-    assert moved == {path.name: content for path, content in first.items()}
-    seed = files(out / "seed-1")
-    done = run_script(*one, "--seeds", "1", "--output-dir", str(out / "seed-1"))
-    assert done.returncode == 0 and set(files(out / "seed-1" / "earlier").values()) == set(
-        seed.values()
-    )
-    # No pattern for runs finds what was moved.
-    assert not [path for path in out.glob("*/metrics.json") if "seed-" not in path.parent.name]
+    assert sorted(files(out).values()) == first
+    # Another one of two seeds says where the files are, and no pattern for runs finds them there.
+    two = (*one, "--seeds", "1", "2")
+    done = run_script(*two, pictures=True)
+    assert f"the files of an earlier run are now in {out / 'earlier'}" in done.stdout
+    assert sorted(files(out / "earlier").values()) == first
+    assert len(list(out.glob("*/metrics.json"))) == 2
+    # One that is stopped in its first seed goes on with its own second seed, not with the old one.
+    seeds = sorted([*files(out / "seed-1").values(), *files(out / "seed-2").values()])
+    done = run_script(*two, "--max-lr", "0.001", before=CTRL_C.replace("STOP", "2"))
+    assert done.returncode == 130 and "--resume true" in done.stderr
+    moved = [*files(out / "seed-1" / "earlier").values(), *files(out / "seed-2").values()]
+    assert sorted(moved) == seeds
+    assert run_script(*two, "--max-lr", "0.001", "--resume").returncode == 0
+
+
+def test_a_folder_for_pictures_may_hold_other_models(run_script, tmp_path):
+    assert run_script("train_M2.py", "--epochs", "1", output="other").returncode == 0
+    before = files(tmp_path / "other")
+    options = ("--epochs", "1", "--images-dir", str(tmp_path / "other"))
+    assert run_script("train_M1.py", *options).returncode == 0
+    assert files(tmp_path / "other") == before
 
 
 @posix
@@ -223,7 +232,10 @@ MEMORY = [
     (MemoryError(), "not enough memory"),
     (torch.OutOfMemoryError("CUDA out of memory. GPU 0 has 1 GiB"), "GPU 0"),
     (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "CUDA error"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "9 bytes"),
+    (
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
+        "9 bytes",
+    ),
 ]
 
 

@@ -25,7 +25,7 @@ def test_script_learns_and_leaves_what_it_should(name, run_script, tmp_path):
     settings = {}
     if name == "M4":
         # One of them from scratch: what a fork has imported already may hide a missing import. The
-        # backend that every notebook hands down, and a user's style that needs TeX, must not disturb.
+        # backend that notebooks hand down, and a user's style that needs TeX, must not disturb it.
         (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: NoSuchFont\n")
         settings["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
         settings["MATPLOTLIBRC"] = str(tmp_path / "matplotlibrc")

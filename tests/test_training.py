@@ -18,7 +18,7 @@ def small_data(count, batch_size):
 
 
 def augmented(shape, **limit):
-    """Return 200 augmented copies of a (28, 28) shape, (200, 28, 28), augmented with one limit only."""
+    """Return 200 copies of a (28, 28) shape, (200, 28, 28), each augmented within one limit."""
     torch.manual_seed(0)
     out = utils.augment(shape.expand(200, 1, 28, 28), **(NONE | limit))
     assert out.shape == (200, 1, 28, 28) and out.min() >= 0 and out.max() <= 1.0001
