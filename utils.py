@@ -259,10 +259,10 @@ class Run:
         self.seed = seed
         self.parts = parts
         self.average = parts["average"]
-        options = ("epochs", "batch_size", "max_lr", "holdout", "limit")
         self.config = {"model": args.name, "seed": seed, "device": args.device.type}
         self.config |= {"straighten": False} | recipe
-        self.config |= {option: getattr(args, option) for option in options}
+        for option in ("epochs", "batch_size", "max_lr", "holdout", "limit"):
+            self.config[option] = getattr(args, option)
         self.directory = args.output_dir / self.folder(seed)
         self.checkpoint = args.checkpoint_dir / self.folder(seed) / "checkpoint.pt"
         self.history = []
@@ -570,7 +570,7 @@ def load_model(path, model_class):
     except Exception as error:  # noqa: BLE001 (a file of another program may raise anything)
         raise UserError(
             f"{path} and {metrics.name} beside it are not those of a {model_class.__name__} "
-            f"made by this version: train again ({error})"
+            f"made by this version: train again ({first_line(error)})"
         ) from None
 
 
@@ -1069,7 +1069,7 @@ def read_idx_files(directory):
         try:
             content = torch.frombuffer(find_idx_file(Path(directory), name), dtype=torch.uint8)
         except MissingFile as error:  # another may be damaged, which matters more
-            missing = error
+            missing = missing or error
             continue
         if "images" in name:
             tensors.append(content[16:].view(-1, 1, 28, 28))

@@ -132,7 +132,7 @@ def test_a_stroke_apart_belongs_to_its_digit_and_another_digit_does_not(read, er
     pen = ImageDraw.Draw(page)
     pen.rectangle((40, 57, 160, 65), 0)  # its top is apart
     assert error(page, other=number(5)) < 8
-    pen.rectangle((144, 50, 154, 130), 255)  # near, but as high as the digit
+    pen.rectangle((138, 50, 148, 130), 255)  # near, but as high as the digit
     with pytest.raises(ValueError, match="more than one digit"):
         read(page)
 
@@ -168,7 +168,7 @@ def test_an_eight_of_seven_segments_is_no_frame(read):
 
 def test_any_small_picture_is_read_or_refused(read):
     torch.manual_seed(0)
-    for _ in range(60):
+    for _ in range(40):
         height, width, contrast = torch.randint(1, 13, (3,)).tolist()
         pixels = 20 * contrast * torch.randint(2, (height, width))
         picture = Image.fromarray(pixels.byte().numpy())
@@ -203,10 +203,11 @@ def test_what_is_no_picture_is_refused(read, tmp_path, monkeypatch):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="JPEG or PNG"):
             utils.prepare_digit(path, True)
-    # Pillow refuses a picture of more than twice as many pixels.
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
-    with pytest.raises(ValueError, match="60000 pixels"):
-        read(number())
+    # Pillow warns above this many of its 60,000 pixels, and refuses twice as many.
+    for most in (50_000, 20_000):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+        with pytest.raises(ValueError, match="60000 pixels"):
+            read(number())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
