@@ -65,7 +65,7 @@ class Data:
         """
         order = torch.randperm(len(self.train_labels)).to(self.train_labels.device)
         batches = order.split(self.batch_size)[: self.batches_per_epoch]
-        # None: only on a terminal. Where stderr is closed, tqdm could not even look.
+        # disable=None draws the bar on a terminal only; sys.stderr is None where it was closed.
         for batch in tqdm(batches, f"epoch {epoch}", leave=False, disable=not sys.stderr or None):
             yield self.train_images[batch] / 255, self.train_labels[batch]
 
@@ -90,8 +90,8 @@ def load_data(args, straightened=False):
     left = len(train_labels) - args.holdout
     if not args.batch_size <= (args.limit or left) <= left:
         raise UserError(
-            f"--holdout leaves {left:,} images, --limit takes {args.limit or 'all'} of them, and "
-            f"--batch-size {args.batch_size}: too few are left"
+            f"--limit {args.limit or left:,} must be from --batch-size ({args.batch_size:,}) to "
+            f"{left:,}, the training images that --holdout {args.holdout:,} leaves"
         )
     if args.holdout:
         # The same images for all seeds.
@@ -123,12 +123,11 @@ def straighten(images):
         raise ValueError(
             f"images must be uint8 (N, 1, 28, 28), not {images.dtype} {tuple(images.shape)}"
         )
-    # A thousand at a time: all 60,000 at once would need a gigabyte.
     return torch.cat([straighten_some(part) for part in images.split(1000)])
 
 
 def straighten_some(images):
-    """Do for some images what `straighten` promises."""
+    """Return a part of the images straightened: all of them in one go need a gigabyte."""
     ink = images.float()
     total = ink.sum((1, 2, 3)).clamp(min=1)  # an empty image stays empty
 
@@ -147,15 +146,17 @@ def straighten_some(images):
     upright_variance_x = (variance_x - slope * covariance).clamp(min=0.1)
     scale_y = variance_y.sqrt() / HEIGHT
     scale_x = (upright_variance_x.sqrt() / WIDTH).sqrt()
+    # The map from output to input: x is scaled, sheared along y, and moved; y scaled and moved.
     row_x = scale_x, slope * scale_y, center_x / 14
     row_y = 0 * slope, scale_y, center_y / 14
     return warp(ink, row_x, row_y).round().to(torch.uint8)
 
 
 def warp(images, row_x, row_y):
-    """Return each image (N, 1, H, W) sampled where its own affine map sends the output pixels.
+    """Return images (N, 1, H, W), each transformed by its own affine map.
 
-    row_x, row_y: the map's two rows, three tensors (N,) each, in units of half the image's side.
+    row_x, row_y: three tensors (N,) each. The output pixel at (x, y), both from -1 to 1, takes the
+    input's value at (row_x · (x, y, 1), row_y · (x, y, 1)).
     Source: https://pytorch.org/docs/stable/generated/torch.nn.functional.affine_grid.html
     """
     rows = torch.stack([*row_x, *row_y], 1).view(-1, 2, 3)
@@ -167,7 +168,7 @@ def augment(images, rotation, shear, scale, shift):
     """Give each image its own random rotation, shear, size and shift, all drawn uniformly.
 
     images: float, (N, 1, H, W), background 0. rotation, shear: largest angle in degrees, either
-    way. scale: largest change of size, 0.1 for 0.9 to 1.1. shift: largest move in parts of a side.
+    way. scale: largest change of size, 0.1 for 0.9 to 1.1. shift: largest move, in sides.
     Returns the same shape and range; what comes in from outside the image is background.
 
     torchvision's transforms would give every image of a batch the same draw.
@@ -179,11 +180,12 @@ def augment(images, rotation, shear, scale, shift):
     angle = draw(math.radians(rotation))
     slant = draw(math.radians(shear)).tan()
     size = 1 + draw(scale)
+    # A side is 2 long. The map goes from output to input: a larger digit wants a smaller map.
     shift_x = draw(2 * shift)
     shift_y = draw(2 * shift)
     cos = angle.cos() / size
     sin = angle.sin() / size
-    # Rotation times shear: the map from output to input, as `warp` wants it.
+    # Rotation times shear.
     return warp(images, (cos, cos * slant - sin, shift_x), (sin, sin * slant + cos, shift_y))
 
 
@@ -196,7 +198,7 @@ def normalize(images):
 
 
 def one_cycle(optimizer, max_lr, steps, warmup):
-    """Return OneCycle: the rate climbs from `max_lr` / 25, then falls to almost 0.
+    """Return OneCycle: the rate climbs from `max_lr` / 25, then falls on a cosine to almost 0.
 
     steps: of the whole run, batches. warmup: the fraction of them that it climbs.
 
@@ -210,7 +212,7 @@ def one_cycle(optimizer, max_lr, steps, warmup):
 
 
 def weight_average(model, decay):
-    """Return torch's `AveragedModel` of `model`: running averages of its weights and statistics.
+    """Return torch's `AveragedModel` of `model`: running averages of its weights and buffers.
 
     The first steps use the smaller decay (1 + step) / (10 + step), so that a short run forgets its
     first weights.
@@ -326,9 +328,11 @@ class Run:
         }
         if not math.isfinite(row["train_loss"] + row["test_loss"]):
             raise UserError(
-                f"the loss is not finite in epoch {row['epoch']}: try a smaller --max-lr"
+                f"the loss is not finite in epoch {row['epoch']}: "
+                f"try a smaller --max-lr than {self.args.max_lr}"
             )
         self.history.append(row)
+        # Once, before the first seed saves; with --resume, for each seed that starts anew.
         if row["epoch"] == 1 and (self.args.resume or not SAVED):
             self.set_earlier_files_aside()
         state = {name: part.state_dict() for name, part in self.parts.items()}
@@ -469,12 +473,12 @@ def plot_training(name, histories, evaluated):
                 figures = [row[f"{part}_{what}"] for row in history]
                 axes.plot(epochs, figures, ".-", color=color, label=label, linewidth=1)
                 label = None  # one line of each color is enough for the legend
-        axes.set(title=f"{name}, seeds: {len(histories)}", xlabel="epoch")
+        axes.set(title=f"{name}, {len(histories)} run(s)", xlabel="epoch")
         axes.locator_params("x", integer=True)
         axes.grid(alpha=0.3)
     loss.set(ylabel="loss (nats)", yscale="log")
     accuracy.axhline(99.4, color="black", linestyle="--", label="target, 99.4%")
-    late = [row["test_acc"] for history in histories for row in history[len(history) // 3 :]]
+    late = [row["train_acc"] for history in histories for row in history[len(history) // 3 :]]
     lowest = min(98.8, *late) - 0.3  # the first epochs may lie below
     accuracy.set(ylabel="accuracy (%)", ylim=(lowest, 100))
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -515,7 +519,9 @@ def plot_misclassified(title, images, labels, logits):
     captions = [
         f"{labels[i]} read as {predicted[i]}\n{100 * confidence[i]:.0f}% sure" for i in shown
     ]
-    counts = f"{len(wrong)} of {len(labels):,} wrong; the {len(shown)} most confident"
+    counts = (
+        f"{len(wrong)} of {len(labels):,} wrong; the {len(shown)} most confident, as it sees them"
+    )
     return plot_digits(f"{title}: {counts}", images[shown], captions)
 
 
@@ -560,7 +566,7 @@ def load_model(path, model_class):
     The latter is read from metrics.json beside it. Raises UserError if they are not of such a run.
     """
     if not path.exists():
-        raise UserError(f"there is no {path}: train first, or name its folder (--output-dir)")
+        raise UserError(f"there is no {path}: train first, or name its --output-dir (as seed-1)")
     weights = load_file(path)
     metrics = path.with_name("metrics.json")
     model = model_class().eval()
@@ -570,7 +576,7 @@ def load_model(path, model_class):
     except Exception as error:  # noqa: BLE001 (a file of another program may raise anything)
         raise UserError(
             f"{path} and {metrics.name} beside it are not those of a {model_class.__name__} "
-            f"made by this version: train again ({first_line(error)})"
+            f"made by this version: use its own script, or train again ({first_line(error)})"
         ) from None
 
 
@@ -813,7 +819,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         default=str(spot.is_dir()),
         help="go on after the last finished epoch",
     )
-    add("--target", type=float, help="exit with 3 if one of the last five epochs is below it")
+    add("--target", type=float, help="exit with 3 unless the last five epochs reach it")
     add("--data-dir", "--data_dir", type=Path, default=channel or "data", help="default: data")
     add(
         "--output-dir",
