@@ -50,7 +50,7 @@ def test_holdout_limit_and_straightening(small_md5, data_dir):
     assert torch.equal(straightened.train_images, utils.straighten(held.train_images[:50]))
     assert torch.equal(straightened.test_images, utils.straighten(held.test_images))
     for wrong in ({"holdout": 600}, {"limit": 601}, {"batch_size": 601}, {"limit": 7}):
-        with pytest.raises(utils.UserError, match="too few are left"):
+        with pytest.raises(utils.UserError, match="--batch-size"):
             utils.load_data(data_args(data_dir, **wrong))
 
 

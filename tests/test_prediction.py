@@ -269,6 +269,6 @@ def test_predict_refuses_what_is_no_model_of_this_version(predict, tmp_path):
     metrics.unlink()
     refused(predict(file), "metrics.json")
     torch.save({"conv1.weight": torch.zeros(8, 1, 3, 3)}, model)
-    refused(predict(file), "made by this version: train again")
+    refused(predict(file), "made by this version", "train again")
     model.unlink()
     refused(predict(file), "model.pt: train first")

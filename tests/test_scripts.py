@@ -293,6 +293,7 @@ def test_names_that_cannot_be_shown_are_shown_otherwise(run_script):
     assert done.returncode == 0 and done.stderr == "" and r"\u6570\u5b57" in done.stdout
 
 
-def test_an_edited_recipe_that_does_not_fit_is_told(run_script):
-    refused(run_script("train_M1.py", "--batch-size", "601"), "--batch-size", "600 images")
-    refused(run_script("train_M1.py", "--holdout", "600"), "--holdout", "0 images")
+def test_too_few_images_are_told_by_option(run_script):
+    few = "--limit 50 must be from --batch-size (128) to 600"
+    refused(run_script("train_M1.py", "--limit", "50"), few)
+    refused(run_script("train_M1.py", "--holdout", "600"), "that --holdout 600 leaves")
