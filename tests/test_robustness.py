@@ -308,7 +308,8 @@ def test_a_flipped_bit_in_a_model_is_found(tmp_path):
 
 def test_an_old_python_is_told_at_once(tmp_path):
     # The version that utils sees; Python 3.9 itself may not be here.
-    code = "import sys\nsys.version_info = (3, 9)\nimport utils"
+    code = "import sys, tarfile, tempfile, PIL.Image, torch.optim.swa_utils, tqdm\n"
+    code += "sys.version_info = (3, 9)\nimport utils"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     refused(done, "Python 3.10")
