@@ -328,8 +328,7 @@ class Run:
         }
         if not math.isfinite(row["train_loss"] + row["test_loss"]):
             raise UserError(
-                f"the loss is not finite in epoch {row['epoch']}: "
-                f"try a smaller --max-lr than {self.args.max_lr}"
+                f"no finite loss in epoch {row['epoch']}: try a --max-lr below {self.args.max_lr}"
             )
         self.history.append(row)
         # Once, before the first seed saves; with --resume, for each seed that starts anew.

@@ -278,7 +278,7 @@ def test_loss_that_is_no_number_keeps_the_checkpoint(run_script, tmp_path):
     poison += "        self.param_groups[0]['lr'] = float('nan')\n    return step(self, *args)\n"
     poison += "torch.optim.AdamW.step = broken"
     options = ("train_M1.py", "--epochs", "3", "--batch-size", "60")
-    refused(run_script(*options, before=poison), "not finite in epoch 2", "--max-lr")
+    refused(run_script(*options, before=poison), "no finite loss in epoch 2", "--max-lr")
     assert [path.name for path in files(tmp_path / "out")] == ["checkpoint.pt"]
     done = run_script(*options, "--resume")
     assert done.returncode == 0 and "epoch=1 " not in done.stdout and "epoch=2 " in done.stdout
