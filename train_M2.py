@@ -16,7 +16,7 @@ from torchsummary import summary
 import utils
 from models import MNIST_CNN_M2
 
-BATCH_SIZE = 128  # small enough for many steps in 15 epochs; 64 is slower and no better
+BATCH_SIZE = 128  # small enough for many steps in 15 epochs; M4 did no better with 64
 MAX_LR = 0.005  # constant; batch norm allows more than M1's
 DROPOUT = 0.02  # little: a network this small underfits
 AVERAGE_DECAY = 0.998  # spans 1 / (1 - 0.998) = 500 steps, about one epoch

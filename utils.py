@@ -437,9 +437,8 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, for color-blind 
 
 def save_picture(path, draw, *args):
     """Save the figure that `draw(*args)` returns as the PNG file `path`, or print why not."""
-    os.environ["MPLBACKEND"] = (
-        "agg"  # a notebook hands down its own, which may not be installed here
-    )
+    # A notebook hands down its own, which may not be installed here.
+    os.environ["MPLBACKEND"] = "agg"
     try:
         import matplotlib.style
 
@@ -525,7 +524,6 @@ def plot_misclassified(title, images, labels, logits):
 
 
 # Your own digit -----------------------------------------------------------------------------------
-
 
 # The files that count as pictures in a folder.
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".heic")
@@ -956,7 +954,7 @@ def fail(error):
     return 2
 
 
-# Files, and the platform ------------------------------------------------------------------------
+# Files, and the platform --------------------------------------------------------------------------
 
 LOCKS = []  # the open descriptors of the directories that this run writes into
 

@@ -1,6 +1,5 @@
 """What several test files use: a small generated digit set, and a way to run the scripts on it."""
 
-import gzip
 import hashlib
 import json
 import multiprocessing
@@ -56,13 +55,10 @@ def idx(tensor):
     return header + tensor.to(torch.uint8).numpy().tobytes()
 
 
-def place(contents, directory, packed=False):
-    """Write the four files into `directory`, plain or as .gz."""
+def place(contents, directory):
+    """Write the four files into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        if packed:
-            name += ".gz"
-            content = gzip.compress(content, 1)
         (directory / name).write_bytes(content)
     return directory
 
