@@ -399,7 +399,12 @@ def main():
     add("--data-dir", type=Path, default=Path("data"), help="for augmentation.png and --digits")
     add("--images-dir", type=Path, default=Path("images"))
     add("--digits", type=Path, metavar="MODEL", help="model.pt of a run of M4, to read digits with")
-    add("--count", type=utils.positive, default=1000, help="of images for --digits (1000: 20 min)")
+    add(
+        "--count",
+        type=utils.whole_number,
+        default=1000,
+        help="of images for --digits (1000: 20 min)",
+    )
     args = parser.parse_args()
     if args.runs:
         write_results(args.runs, args.results)
