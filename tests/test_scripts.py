@@ -1,5 +1,6 @@
 """The four scripts as processes of their own, on the generated digits, and the command line."""
 
+import functools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import NETWORKS, ROOT, draw_digits, history, refused, same_weights
 from matplotlib.image import imread
+from PIL import Image
 
 import utils
 
@@ -262,19 +264,19 @@ def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, 
             figures.write_results(tmp_path, tmp_path / "results.csv")
 
 
-def test_digits_are_drawn_in_each_kind_of_picture(tmp_path, monkeypatch, capsys):
-    torch.save(NETWORKS["M4"]().state_dict(), tmp_path / "model.pt")
-    (tmp_path / "metrics.json").write_text('{"config": {"straighten": true}}')
+def test_digits_are_drawn_and_read_in_each_kind_of_picture():
     images, labels = draw_digits(6, 5)
     assert len(figures.draw_augmentation(images[1:]).axes) == 50
-    # An M4 that sees the first digit everywhere. A 0 of seven segments is a frame, so a 1 is first.
+    digits = [Image.fromarray(image[0].numpy()) for image in images[1:3]]
+    # A model that sees the first digit everywhere. A 0 of seven segments is a frame.
     first = 20 * torch.eye(10)[labels[1:2]]
-    monkeypatch.setattr(NETWORKS["M4"], "forward", lambda self, images: first)
-    figures.print_digits(tmp_path / "model.pt", images[1:], labels[1:], 2)
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
-    assert [row[1] for row in rows] == ["50.00%", "0.00%", "50.00%"]
-    assert [row[-1] for row in rows] == ["0.00% |", "100.00% |", "0.00% |"]
-    assert len(rows[0]) == len(figures.KINDS) + 1
+    read = functools.partial(figures.read_kind, lambda _: first, True, digits, labels[1:3])
+    shares = {kind: read(kind) for kind in figures.KINDS}
+    assert shares["28x28"] == [50, 0, 50]
+    assert shares["two digits"] == [0, 100, 0]
+    for kind, (right, refused, sure) in shares.items():
+        assert right + refused + sure == 100
+        assert right == 0 or kind not in figures.NO_DIGIT
 
 
 def test_m4_adds_straightening_to_m3_and_nothing_else():
