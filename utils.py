@@ -598,8 +598,8 @@ def find_pictures(paths):
     for path in paths:
         matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
         for match in matches or [path]:
-            inside = [file for file in sorted(match.rglob("*")) if file.is_file()]
-            files += [file for file in inside if file.suffix.lower() in PICTURES] or [match]
+            inside = [file for file in match.rglob("*") if file.suffix.lower() in PICTURES]
+            files += sorted(filter(Path.is_file, inside)) or [match]
     return files
 
 
@@ -643,8 +643,9 @@ def with_margin(page):
     sides = dark[0], dark[-1], dark[:, 0], dark[:, -1]
     is_cut = 0 < max(side.float().mean() for side in sides) < 1
     one_tone = (small < (page.min() + page.max()) / 2).sum() > area / 3
-    one_piece = any(region.sum() > 0.9 * area for region in regions(dark))  # but for specks
-    if is_cut and one_tone and one_piece and not is_thick(dark):
+    if not (is_cut and one_tone) or is_thick(dark):
+        return page
+    if any(region.sum() > 0.9 * area for region in regions(dark)):  # one piece, but for specks
         page = F.pad(page, [max(page.shape) // 4 + 1] * 4, value=page.max().item())
     return page
 
@@ -702,7 +703,7 @@ def without_rows(gray):
     # Only the outer fifths count: no digit is at both ends of a line.
     at_ends = (column - width / 2).abs() > 0.3 * width
     size = height + 2 * width
-    counts = torch.stack([line[at_ends].bincount(minlength=size) for line in start])
+    counts = torch.stack([line.bincount(minlength=size) for line in start[:, at_ends]])
     slope = counts.square().sum(1).argmax()  # the lines are parallel
     # Where one line has two thirds of both ends, others may have one end beyond the page.
     on_line = (counts[slope] > 0.15 * width)[start[slope]] & (counts.max() > 0.26 * width)

@@ -386,12 +386,9 @@ def on_desk(digit, size, chance):
 def on_lines(mark, size, chance):
     """Return ruled paper, half of it with a margin line, turned a little."""
     page = Image.new("L", (size[0] + 200, size[1] + 200))
-    pen = ImageDraw.Draw(page)
     style = {"fill": chance.randint(15, 110), "width": chance.randint(1, 4)}
-    for y in range(0, page.height, chance.randint(20, 50)):
-        pen.line((0, y, page.width, y), **style)
-    x = chance.randint(100, 2 * page.width)
-    pen.line((x, 0, x, page.height), **style)
+    rows = range(0, page.height, chance.randint(20, 50))
+    rule(page, [chance.randint(100, 2 * page.width)], rows, style)
     page = page.rotate(chance.uniform(-6, 6), Image.Resampling.BICUBIC)
     return put(mark, ImageOps.crop(page, 100), chance, chance.randint(40, 200))
 
@@ -403,12 +400,19 @@ def in_cell(mark, chance):
     style = {"fill": chance.randint(60, 240), "width": chance.randint(1, 4)}
     cell = put(mark, Image.new("L", mark.size), chance, chance.randint(60, 200))
     page = ImageOps.expand(ImageOps.expand(cell, tuple(gaps)), tuple(margins))
-    pen = ImageDraw.Draw(page)
-    for x in (margins[0] - 2, page.width - margins[2] + 2):
-        pen.line((x, 0, x, page.height), **style)
-    for y in (margins[1] - 2, page.height - margins[3] + 2):
-        pen.line((0, y, page.width, y), **style)
+    columns = margins[0] - 2, page.width - margins[2] + 2
+    rows = margins[1] - 2, page.height - margins[3] + 2
+    rule(page, columns, rows, style)
     return page
+
+
+def rule(page, columns, rows, style):
+    """Draw lines from border to border on the page."""
+    pen = ImageDraw.Draw(page)
+    for x in columns:
+        pen.line((x, 0, x, page.height), **style)
+    for y in rows:
+        pen.line((0, y, page.width, y), **style)
 
 
 def in_shadow(mark, size, chance, blur):
