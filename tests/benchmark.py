@@ -3,8 +3,6 @@
 usual  PIL transforms for each image, a DataLoader, `nn.Dropout`, AdamW, `.item()` at each step, on
        all cores; without worker processes for the transforms, and with two
 ours   train_M4.py itself: the second of two epochs, with the threads that it chooses
-floor  forward, backward and fused AdamW of an M4 without dropout on one ready batch, no evaluation,
-       with the threads and the memory settings of ours
 
 Usual and ours are also timed beside a busy process, which keeps one core. Each measurement is a
 process of its own that trains on a part of the images and evaluates on a sixth as many, scaled to a
@@ -12,7 +10,7 @@ whole epoch (60,000 and 10,000). Reading and straightening, once a run, do not c
 
 The measurements alternate. The table gives medians, and a ratio is the median of the ratios of
 measurements from the same round; the speedup beside a busy process is over usual beside one. Peak
-memory is that of a run with all images. Together they take 10 to 15 minutes on two idle cores;
+memory is that of a run with all images. Together they take some ten minutes on two idle cores;
 `--images 3000 --repeats 1` gives a rough table in two or three.
 """
 
@@ -91,30 +89,10 @@ def ours(args):
     return metrics["history"][-1]["seconds"]
 
 
-def floor(args):
-    utils.set_up_device("cpu")
-    model = models.MNIST_CNN_M4(0).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    images = torch.randn(BATCH_SIZE, 1, 28, 28)
-    labels = torch.randint(10, (BATCH_SIZE,))
-
-    def train(steps):
-        for _ in range(steps):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-
-    train(8)  # to warm up
-    start = time.perf_counter()
-    train(args.images // BATCH_SIZE)
-    return time.perf_counter() - start
-
-
 PIPELINES = {
     "usual": usual,
     "usual, two workers": partial(usual, workers=2),
     "ours": ours,
-    "floor": floor,
 }
 ROWS = (*PIPELINES, "usual" + BUSY, "ours" + BUSY)
 
@@ -137,12 +115,12 @@ def print_table(seconds):
         pairs = zip(seconds[row], seconds[other], strict=True)
         return f"{statistics.median(one / two for one, two in pairs):.2f}"
 
-    print("| pipeline | seconds an epoch | speedup over usual | relative to floor | to idle |")
-    print("|---|---|---|---|---|")
+    print("| pipeline | seconds an epoch | speedup over usual | relative to idle |")
+    print("|---|---|---|---|")
     for row in ROWS:
         idle = row.removesuffix(BUSY)
-        ratios = ratio(row.replace(idle, "usual"), row), ratio(row, "floor"), ratio(row, idle)
-        print(f"| {row} | {statistics.median(seconds[row]):.1f} | {' | '.join(ratios)} |")
+        speedup = ratio(row.replace(idle, "usual"), row)
+        print(f"| {row} | {statistics.median(seconds[row]):.1f} | {speedup} | {ratio(row, idle)} |")
 
 
 def run(row, *options):
@@ -172,7 +150,7 @@ def main():
     print_table(seconds)
     epoch, memory = run("ours", "--images", str(ALL))
     print(f"\nours with all images: {epoch:.1f} seconds, {memory:.0f} MiB of memory at most")
-    print(f"ours and floor: {utils.environment(utils.set_up_device('cpu'))}")
+    print(f"ours: {utils.environment(utils.set_up_device('cpu'))}")
 
 
 if __name__ == "__main__":

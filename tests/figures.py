@@ -14,14 +14,13 @@ import multiprocessing
 import platform
 import random
 import re
-import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from ablation import LENGTHS, NETWORKS, PARTS, ROWS, WHOLE, directory
+from ablation import PARTS, PLAIN, ROWS, TESTED, WHOLE, directory
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 import models
@@ -30,18 +29,13 @@ import utils
 
 RESULTS = Path(__file__).with_name("results.csv")
 LADDER = ("M1", "M2", "M3", "M4")
-EXERCISE = {"M1": 98.95, "M2": 98.72, "M3": 99.27, "M4": 99.53}  # best epochs of one run each
+RUNGS = ("M1", "M2", "M3", PLAIN, "M4")
+# Fewer epochs or parameters than M4, by the seeds that all of them have.
+FEWER = ("M4", *(row for row in TESTED if row != PLAIN))
+# The exercise's networks: the best epoch of one run each, on plain images.
+EXERCISE = {"M1": "98.95", "M2": "98.72", "M3": "99.27", PLAIN: "99.53"}
 # Okabe and Ito's palette.
-COLORS = {"M1": "#E69F00", "M2": "#009E73", "M3": "#CC79A7", "M4": "#0072B2"}
-# Rows that results.csv has of the recipe before this one.
-EARLIER = ("AdamW instead of Muon", "emulated bfloat16", "whole images throughout")
-# The rows of each table of the ablation, and what the whole recipe is called there.
-GROUPS = {
-    "one part changed": (*PARTS, *EARLIER),
-    "network": (*NETWORKS, WHOLE),
-    "epochs": (*LENGTHS, WHOLE),
-}
-WHOLE_IN = {"one part changed": WHOLE, "network": "M4", "epochs": "15"}
+COLORS = {"M1": "#E69F00", "M2": "#009E73", "M3": "#CC79A7", PLAIN: "#56B4E9", "M4": "#0072B2"}
 NO_DIGIT = ("two digits", "no digit", "no stroke")
 KINDS = ("28x28", "own page", "sheet on a desk", "cut to its ink", "at one border", "small")
 KINDS += ("ruled paper", "cell of a form", "faint", "soft shadow", "hard shadow", *NO_DIGIT)
@@ -55,16 +49,16 @@ def write_results(runs, path):
     Its first lines say what they ran on. Raises UserError if runs that a table compares were made
     with different settings.
     """
-    rows, environments, parts = [], set(), set()
+    rows, environments, held = [], set(), set()
     for run in (*LADDER, *ROWS):
         place = runs / run if run in LADDER else runs / "ablation" / directory(run)
         for record in read_runs(place):
             images = record["config"]["holdout"], record["config"]["limit"]
-            if run in ROWS:
-                parts.add(images)
+            if run in PARTS:
+                held.add(images)
             elif any(images):
                 raise utils.UserError(f"{place}: --holdout or --limit, not with all of MNIST")
-            if len(parts) > 1:
+            if len(held) > 1:
                 raise utils.UserError(f"{place}: another --holdout or --limit than rows before")
             for epoch in record["history"]:
                 environments.add(epoch.pop("environment"))
@@ -73,8 +67,8 @@ def write_results(runs, path):
         raise utils.UserError(f"no finished run in {runs}/M1/seed-1 and so on")
     lines = [f"# {environment}" for environment in sorted(environments)]
     lines.append(f"# written on a machine with {processor()}")
-    others = "".join(f", of {held:,} held-out ones for the others" for held, _ in parts)
-    lines.append(f"# test_loss, test_acc: of the test images for M1 to M4{others}")
+    others = "".join(f", of {count:,} held-out ones for: {', '.join(PARTS)}" for count, _ in held)
+    lines.append(f"# test_loss, test_acc: of the test images{others}")
     lines.append(",".join(rows[0]))
     for row in rows:
         lines.append(",".join(map(cell, row.values())))
@@ -131,9 +125,14 @@ def differences(runs, row, key="test_acc"):
     return torch.tensor([part[seed][-1][key] - whole[seed][-1][key] for seed in seeds])
 
 
-def parameters(name):
-    model = getattr(models, f"MNIST_CNN_{name}")()
+def parameters(run):
+    model = getattr(models, f"MNIST_CNN_{run[:2] if run[0] == 'M' else 'M4'}")()
     return sum(p.numel() for p in model.parameters())
+
+
+def minutes(histories):
+    """Return how long the quickest run took: others shared the machine."""
+    return min(sum(epoch["seconds"] for epoch in run) for run in histories.values()) / 60
 
 
 # The tables ---------------------------------------------------------------------------------------
@@ -159,40 +158,43 @@ def print_ladder(runs):
     head = ["model", "parameters", "seeds", "final: mean ± std", "lowest final"]
     head += ["lowest of all last-five epochs", "minutes", "exercise, best epoch"]
     rows = []
-    for name in filter(runs.get, LADDER):
-        histories = runs[name]
-        scores = last(histories)
-        seconds = [sum(epoch["seconds"] for epoch in run) for run in histories.values()]
+    for name in filter(runs.get, RUNGS):
+        scores = last(runs[name])
         row = [name, f"{parameters(name):,}", str(len(scores))]
-        row += [mean_and_error(scores, ".3f"), f"{scores.min():.2f}", lowest(histories)]
-        row += [f"{statistics.median(seconds) / 60:.1f}", f"{EXERCISE[name]:.2f}"]
+        row += [mean_and_error(scores, ".3f"), f"{scores.min():.2f}", lowest(runs[name])]
+        row += [f"{minutes(runs[name]):.1f}", EXERCISE.get(name, "")]
         rows.append(row)
     print_table(head, *rows)
 
 
 def print_ablation(runs):
     """Print the whole recipe's means, and the others' mean differences ± standard errors."""
-    for title, rows in GROUPS.items():
-        table = [[title, "seeds", "accuracy", "loss"]]
-        for row in filter(runs.get, rows):
-            cells = [label(row, title), str(len(differences(runs, row)))]
-            for key, digits in (("test_acc", 2), ("test_loss", 4)):
-                if row == WHOLE:
-                    cells.append(f"{last(runs[row], key).mean():.{digits}f}")
-                else:
-                    change = differences(runs, row, key)
-                    cells.append(mean_and_error(change, f"+.{digits}f", len(change)))
-            table.append(cells)
-        if title != "one part changed":
-            table = zip(*table, strict=True)
-        print_table(*table)
+    table = [["one part changed", "seeds", "accuracy", "loss"]]
+    for row in filter(runs.get, PARTS):
+        cells = [row, str(len(differences(runs, row)))]
+        for key, digits in (("test_acc", 2), ("test_loss", 4)):
+            if row == WHOLE:
+                cells.append(f"{last(runs[row], key).mean():.{digits}f}")
+            else:
+                change = differences(runs, row, key)
+                cells.append(mean_and_error(change, f"+.{digits}f", len(change)))
+        table.append(cells)
+    print_table(*table)
 
 
-def label(row, title):
-    """Return how a row is called in the table or panel `title`."""
-    if row == WHOLE:
-        return WHOLE_IN[title]
-    return row.removesuffix(" with M4's recipe").removesuffix(" epochs")
+def print_fewer(runs):
+    """Print how runs of fewer epochs and other networks do with M4's recipe, on the same seeds."""
+    rows = {row: runs[row] for row in FEWER if row in runs}
+    seeds = set.intersection(*(set(run) for run in rows.values()))
+    table = [
+        ("M4's recipe", "parameters", "final: mean", "lowest of all last-five epochs", "minutes")
+    ]
+    for row, run in rows.items():
+        histories = {seed: run[seed] for seed in seeds}
+        mean = f"{last(histories).mean():.2f}"
+        time = f"{minutes(histories):.1f}"
+        table.append((row, f"{parameters(row):,}", mean, lowest(histories), time))
+    print_table(*table)
 
 
 # The pictures -------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ def draw_ladder(runs):
     """Return a figure of test accuracy by epoch beside the final accuracy by parameters."""
     figure = utils.new_figure(10, 4.4)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    for name in filter(runs.get, LADDER):
+    for name in filter(runs.get, RUNGS):
         histories = runs[name].values()
         scores = torch.tensor([[epoch["test_acc"] for epoch in run] for run in histories])
         mean = scores.mean(0)
@@ -217,7 +219,7 @@ def draw_ladder(runs):
         count = parameters(name)
         right.errorbar(count, final, bars, color=color, marker="o", capsize=4)
         # M3 and M4 stand so close that one name goes to the right and one to the left.
-        beside = (-26 if name == "M4" else 9, -4)
+        beside = (-10 - 8 * len(name) if name[:2] == "M4" else 9, -4)
         right.annotate(name, (count, final), beside, textcoords="offset points", color=color)
     for axes in (left, right):
         axes.axhline(99.4, color="black", linestyle="--", linewidth=1, label="target, 99.4%")
@@ -226,30 +228,6 @@ def draw_ladder(runs):
     left.set_title("by epoch: mean and range of the seeds")
     right.set(xlabel="parameters", xlim=(3500, 8500), title="last epoch: mean and range")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    return figure
-
-
-def draw_ablation(runs):
-    """Return a figure of the differences in accuracy, seed by seed, a panel for each table."""
-    figure = utils.new_figure(10, 4.2)
-    panels = figure.subplots(1, 3, sharex=True, width_ratios=(3, 2, 2))
-    for axes, (title, rows) in zip(panels, GROUPS.items(), strict=True):
-        rows = [row for row in rows if row in runs and row != WHOLE]
-        for place, row in enumerate(rows):
-            change = differences(runs, row)
-            places = [place] * len(change)
-            axes.plot(change, places, "o", color=utils.BLUE, alpha=0.5, label="one seed")
-            mean = {"markersize": 18, "markeredgewidth": 3, "label": "mean"}
-            axes.plot(change.mean(), place, "|", color=utils.ORANGE, **mean)
-        names = [label(row, title) for row in rows]
-        axes.set(yticks=range(len(rows)), yticklabels=names, title=title)
-        axes.set_xlabel("change in accuracy (points)")
-        axes.axvline(0, color="black", linestyle="--", linewidth=1)
-        axes.locator_params("x", nbins=4)
-        axes.invert_yaxis()
-        axes.grid(alpha=0.3)
-        axes.margins(y=0.15)
-    figure.legend(handles=axes.get_lines()[:2], loc="outside lower center", ncols=2)
     return figure
 
 
@@ -284,7 +262,7 @@ def read_kind(model, straightened, digits, labels, kind):
     torch.set_num_threads(1)
     right = refused = sure = 0
     for number, digit in enumerate(digits):
-        file = picture_file(kind, digit, digits[number - 1], random.Random(number))
+        file = picture_file(kind, digit, digits[number - 1], random.Random(f"{kind} {number}"))
         try:
             prepared = utils.prepare_digit(file, straightened)
         except ValueError:
@@ -491,7 +469,7 @@ def main():
     utils.save_picture(args.images_dir / "ladder.png", draw_ladder, runs)
     if WHOLE in runs:
         print_ablation(runs)
-        utils.save_picture(args.images_dir / "ablation.png", draw_ablation, runs)
+        print_fewer(runs)
     if args.data_dir.exists() or args.digits:
         train_images, _, test_images, test_labels = utils.read_idx_files(args.data_dir)
         utils.save_picture(args.images_dir / "augmentation.png", draw_augmentation, train_images)

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import random
 import sys
+from pathlib import Path
 
 import figures
 import pytest
@@ -281,6 +282,21 @@ def test_predict_answers_every_picture_in_files_folders_and_patterns(predict, tm
     empty = tmp_path / "empty"
     empty.mkdir()
     refused(predict(empty), "empty: no readable picture")
+
+
+def test_without_a_run_of_ones_own_m4_reads_with_the_published_model(run_script, tmp_path):
+    file = tmp_path / "five.png"
+    number(5).save(file)
+    # The default folder, and where the pictures go by default.
+    places = ("--output-dir", "runs/M4", "--images-dir", "runs/M4")
+    done = run_script("train_M4.py", "--predict", str(file), *places, pictures=True)
+    assert done.returncode == 0
+    assert f"there is no {Path('runs/M4/model.pt')} yet" in done.stdout
+    assert f"{file}: 5, " in done.stdout
+    written = {path.name for path in (tmp_path / "runs" / "M4").iterdir()}
+    assert written == {"M4_predictions.csv", "M4_predictions.png"}
+    for script, folder in (("train_M3.py", "runs/M3"), ("train_M4.py", "elsewhere")):
+        refused(run_script(script, "--predict", str(file), "--output-dir", folder), "train first")
 
 
 def test_predict_refuses_what_is_no_model_of_this_version(predict, tmp_path):
