@@ -1,8 +1,8 @@
 """The four networks of the ladder, and the dropout layer that three of them use.
 
-Each network takes float images (N, 1, 28, 28), light digits on a background of 0, as
-`utils.normalize` returns them, and returns logits (N, 10) for `F.cross_entropy`. No convolution has a bias, to save parameters for filters; batch norm, where
-there is one, adds it.
+Each network takes float images (N, 1, 28, 28) and returns logits (N, 10) for `F.cross_entropy`.
+`images` in its docstring are MNIST's own, uint8, with light digits on a background of 0. No
+convolution has a bias, to save parameters for filters; batch norm, where there is one, adds it.
 
 The comment after a layer gives the side of its feature map, then its receptive field, both in
 pixels.
@@ -43,7 +43,7 @@ class Dropout(nn.Dropout):
 class MNIST_CNN_M1(nn.Module):
     """Set-up, skeleton, lighter model: two max-pools, 1x1 squeezes. 6,590 parameters.
 
-    Its script feeds it `utils.normalize(images / 255)`, where `images` are MNIST's own.
+    Trained on, and to be fed with, `utils.normalize(images / 255)`.
     """
 
     def __init__(self):
@@ -79,7 +79,7 @@ class MNIST_CNN_M1(nn.Module):
 class MNIST_CNN_M2(nn.Module):
     """Batch norm, dropout, and global average pooling for the wide last layer. 3,944 parameters.
 
-    Its script feeds it `utils.normalize(images / 255)`, where `images` are MNIST's own.
+    Trained on, and to be fed with, `utils.normalize(images / 255)`.
     """
 
     def __init__(self, dropout=0.02):
@@ -117,7 +117,7 @@ class MNIST_CNN_M2(nn.Module):
 class MNIST_CNN_M3(nn.Module):
     """More capacity, max-pool moved back, dropout after every block, 1x1 last. 7,676 parameters.
 
-    Its script feeds it `utils.normalize(images / 255)`, where `images` are MNIST's own.
+    Trained on, and to be fed with, `utils.normalize(images / 255)`.
     """
 
     def __init__(self, dropout=0.02):
@@ -160,8 +160,7 @@ class MNIST_CNN_M3(nn.Module):
 class MNIST_CNN_M4(nn.Module):
     """Channels rebalanced, never fewer than ten in the middle, no 1x1 last. 7,600 parameters.
 
-    Its script feeds it `utils.normalize(utils.straighten(images) / 255)`: a model trained on
-    straightened digits misreads many of those that are not.
+    Trained on, and to be fed with, `utils.normalize(utils.straighten(images) / 255)`.
     """
 
     def __init__(self, dropout=0.02):

@@ -3,8 +3,8 @@
 TARGET    A sound set-up and a skeleton below 8,000 parameters: 3x3 convolutions, two max-pools,
           1x1 squeezes; no batch norm, no augmentation, a constant learning rate.
 
-RESULT    99.33% on average over seeds 1 to 5, lowest 99.23; never below 99.15 in the last five
-          epochs. (Made at commit f1871d9, on straightened digits; to be made again.)
+RESULT    99.18% on average over seeds 1 to 5, lowest 99.07; never below 99.05 in the last five
+          epochs.
 
 ANALYSIS  M1 ends in a ReLU, so its last convolution starts with positive weights (see models.py).
           Every seed learns all ten classes.

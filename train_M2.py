@@ -3,10 +3,10 @@
 TARGET    Fewer parameters than M1 at the same accuracy: batch norm after every convolution but
           the last, two dropout layers, and global average pooling in place of M1's wide last layer.
 
-RESULT    99.25% on average over seeds 1 to 5, lowest 99.18; never below 99.10 in the last five
-          epochs. (Made at commit f1871d9, on straightened digits; to be made again.)
+RESULT    99.19% on average over seeds 1 to 5, lowest 99.14; never below 99.05 in the last five
+          epochs.
 
-ANALYSIS  Two fifths fewer parameters than M1. It lacks capacity.
+ANALYSIS  As accurate as M1 with two fifths fewer parameters. To do better it needs capacity.
 """
 
 import torch

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import statistics
@@ -246,7 +247,7 @@ def evaluate(model, data):
 
 RUN_FILES = "model.pt", "metrics.json", "checkpoint.pt", "summary.json"
 SAVED = []  # the checkpoints that this process has written or gone on from
-PUBLISHED = Path(__file__).resolve().with_name("tests") / "M4.pt"  # of a run in results.csv
+PUBLISHED = Path(__file__).resolve().with_name("tests") / "M4.pt"  # seed 1 of M4 in results.csv
 
 
 class Run:
@@ -413,8 +414,8 @@ def finish(args, data, runs):
 def load_model(path, model_class):
     """Return the model that a run has left in `path`, and whether its digits were straightened.
 
-    The latter is read from metrics.json beside it; those of PUBLISHED were. Raises UserError if the
-    files are not of such a run.
+    The latter is read from metrics.json beside it; for PUBLISHED, which has none, it is True.
+    Raises UserError if the files are not of such a run.
     """
     if not path.exists():
         raise UserError(f"there is no {path}: train first, or name its --output-dir (as seed-1)")
@@ -423,9 +424,8 @@ def load_model(path, model_class):
     model = model_class().eval()
     try:
         model.load_state_dict(weights)
-        if path.resolve() == PUBLISHED:
-            return model, True
-        return model, json.loads(metrics.read_bytes())["config"]["straighten"]
+        is_published = path.resolve() == PUBLISHED
+        return model, is_published or json.loads(metrics.read_bytes())["config"]["straighten"]
     except Exception as error:  # noqa: BLE001 (a file of another program may raise anything)
         raise UserError(
             f"{path} and {metrics.name} beside it are not those of a {model_class.__name__} "
@@ -562,10 +562,12 @@ def read_digits(args, model_class):
     Returns the exit status, 2 if a picture could not be read as a digit.
     """
     path = args.output_dir / "model.pt"
-    if args.output_dir == Path("runs/M4") and not path.exists():
-        say(f"there is no {path} yet: reading with the published {PUBLISHED}")
-        path = PUBLISHED
     with file_errors():
+        # Runs of several seeds leave their models in folders below: one of them is to be named.
+        is_first = not any(args.output_dir.glob("**/model.pt"))
+        if is_first and args.name == "M4" and args.output_dir == Path("runs/M4"):
+            say(f"there is no {path} yet: reading with the published {PUBLISHED}")
+            path = PUBLISHED
         model, straightened = load_model(path, model_class)
         files = find_pictures(args.predict)
     rows = [("file", "refused", "digit", "confidence", "second", "its confidence")]
@@ -592,7 +594,6 @@ def read_digits(args, model_class):
     if shown:
         title = f"{args.name}, what it saw"
         save_picture(place.with_suffix(".png"), plot_digits, title, *zip(*shown))
-    say(f"read with {path}")
     return status
 
 
@@ -802,12 +803,11 @@ def only_digit(shape):
     found = regions(shape)
     large = [region for region in found if region.sum() > found[0].sum() / 10]
     (low, high), *others = map(box, large)
-    sides = high - low
-    # What broke off is lower than the largest region, or than all of them are wide, and close.
-    limit = 0.6 * max(sides[0], box(sum(large)).diff(dim=0).min())
+    height, width = high - low
     for start, end in others:
         gap = torch.maximum(low - end, start - high).max()
-        if (end - start)[0] > limit or gap > sides.max() / 4:
+        # What broke off a digit is lower than it, and close to it.
+        if (end - start)[0] > 0.6 * height or gap > max(height, width) / 4:
             raise ValueError("more than one digit: show one at a time, on a clean page")
     return sum(large)
 
@@ -872,8 +872,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     """Return the command line's settings for model `name` ("M1" to "M4") as a namespace."""
     channel = os.environ.get("SM_CHANNEL_TRAINING") or os.environ.get("SM_CHANNEL_TRAIN")
     spot = SAGEMAKER / "checkpoints"
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, formatter_class=layout)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # SageMaker passes names as the launcher spelled them: the second spelling is for it.
     add("--epochs", type=whole_number, default=15, help="default: 15")
@@ -1006,8 +1005,8 @@ def launch(main):
     except (UserError, BrokenPipeError) as error:
         status = fail(error)
     except (MemoryError, RuntimeError) as error:
-        words = "out of memory", "you tried to allocate"  # torch has several classes for it
-        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+        # torch has several classes and words for it.
+        if not re.search("MemoryError|out of memory|you tried to allocate", repr(error)):
             raise
         status = fail(
             f"not enough memory: {first_line(error) or 'none is left'}; choose another --device, "
@@ -1179,11 +1178,11 @@ def read_idx_files(directory):
 def find_idx_file(directory, name):
     """Return the content of the first copy of `name`, plain or packed, with the right MD5 sum."""
     spelling = name.replace("-idx", "?idx")  # other sites spell it with a dot
+    # Some unpackers make a folder that bears the file's name, and put the file into it.
+    patterns = spelling, f"{spelling}.gz", f"{spelling}*/{spelling}"
     wrong = None
     for place in (directory / RAW, directory / "raw", directory):
-        paths = [*place.glob(spelling), *place.glob(f"{spelling}.gz")]
-        # Some unpackers make a folder that bears the file's name, and put the file into it.
-        for path in (*paths, *place.glob(f"{spelling}*/{spelling}")):
+        for path in [path for pattern in patterns for path in place.glob(pattern)]:
             try:
                 with open(path, "rb") as file:
                     content = bytearray(file.read(MAX_BYTES))
@@ -1240,12 +1239,11 @@ def fetch(command, stage, raw):
     if done.returncode:
         text = (done.stdout + done.stderr).decode(errors="replace")
         raise RuntimeError(f"{text[:200]} ... {text[-100:]}")  # npm says why first, Python last
-    (stage / RAW).mkdir(parents=True, exist_ok=True)
     for archive in stage.glob("*.tgz"):
         with tarfile.open(archive) as tar:
             for name in MD5:
                 member = tar.extractfile(f"package/data/{name}")
-                (stage / RAW / name).write_bytes(member.read(MAX_BYTES))
+                (stage / name).write_bytes(member.read(MAX_BYTES))
     read_idx_files(stage)
     for name in MD5:
-        replace(stage / RAW / name, raw / name)
+        replace(next(stage.rglob(name)), raw / name)

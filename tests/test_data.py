@@ -50,7 +50,9 @@ def test_holdout_limit_and_straightening(small_md5, data_dir):
     assert torch.equal(straightened.train_images, utils.straighten(held.train_images[:50]))
     assert torch.equal(straightened.test_images, utils.straighten(held.test_images))
     for wrong in ({"holdout": 600}, {"limit": 601}, {"batch_size": 601}, {"limit": 7}):
-        with pytest.raises(utils.UserError, match="--batch-size"):
+        with pytest.raises(
+            utils.UserError, match="--limit .* must be from --batch-size .*--holdout"
+        ):
             utils.load_data(data_args(data_dir, **wrong))
 
 

@@ -288,15 +288,20 @@ def test_without_a_run_of_ones_own_m4_reads_with_the_published_model(run_script,
     file = tmp_path / "five.png"
     number(5).save(file)
     # The default folder, and where the pictures go by default.
-    places = ("--output-dir", "runs/M4", "--images-dir", "runs/M4")
-    done = run_script("train_M4.py", "--predict", str(file), *places, pictures=True)
+    options = ("--predict", str(file), "--output-dir", "runs/M4", "--images-dir", "runs/M4")
+    done = run_script("train_M4.py", *options, pictures=True)
     assert done.returncode == 0
     assert f"there is no {Path('runs/M4/model.pt')} yet" in done.stdout
     assert f"{file}: 5, " in done.stdout
-    written = {path.name for path in (tmp_path / "runs" / "M4").iterdir()}
-    assert written == {"M4_predictions.csv", "M4_predictions.png"}
-    for script, folder in (("train_M3.py", "runs/M3"), ("train_M4.py", "elsewhere")):
-        refused(run_script(script, "--predict", str(file), "--output-dir", folder), "train first")
+    own = tmp_path / "runs" / "M4"
+    assert {path.name for path in own.iterdir()} == {"M4_predictions.csv", "M4_predictions.png"}
+    refused(run_script("train_M3.py", *options), "train first")
+    refused(run_script("train_M4.py", *options, "--output-dir", "elsewhere"), "train first")
+    (own / "seed-1").mkdir()
+    (own / "seed-1" / "model.pt").touch()
+    refused(run_script("train_M4.py", *options), "name its --output-dir")
+    (own / "model.pt").touch()
+    refused(run_script("train_M4.py", *options), f"{Path('runs/M4/model.pt')} cannot be used")
 
 
 def test_predict_refuses_what_is_no_model_of_this_version(predict, tmp_path):
