@@ -1,8 +1,8 @@
 """`python tests/figures.py` makes the README's tables and pictures from tests/results.csv.
 
 With `--runs runs` the file is first made anew from the finished runs in runs/M1/seed-1 and so on,
-and from those of tests/ablation.py in runs/ablation. With `--digits runs/M4/model.pt` the M4 of
-that run also reads pictures made of MNIST's test images.
+and from those of tests/ablation.py in runs/ablation. With `--digits tests/M4.pt`, or the model of a
+run, that M4 reads pictures made of MNIST's test images instead.
 """
 
 import argparse
@@ -459,9 +459,12 @@ def main():
     add("--runs", type=Path, help="make results.csv from the runs in this directory first")
     add("--data-dir", type=Path, default=Path("data"), help="for augmentation.png and --digits")
     add("--images-dir", type=Path, default=Path("images"))
-    add("--digits", type=Path, metavar="MODEL", help="model.pt of a run of M4, to read digits with")
+    add("--digits", type=Path, metavar="MODEL", help="of M4, to read drawn pictures with")
     add("--count", type=utils.whole_number, default=200, help="of images for --digits")
     args = parser.parse_args()
+    if args.digits:
+        *_, images, labels = utils.read_idx_files(args.data_dir)
+        return print_digits(args.digits, images, labels, args.count)
     if args.runs:
         write_results(args.runs, RESULTS)
     runs = read_results(RESULTS)
@@ -470,11 +473,9 @@ def main():
     if WHOLE in runs:
         print_ablation(runs)
     print_fewer(runs)
-    if args.data_dir.exists() or args.digits:
-        train_images, _, test_images, test_labels = utils.read_idx_files(args.data_dir)
-        utils.save_picture(args.images_dir / "augmentation.png", draw_augmentation, train_images)
-        if args.digits:
-            print_digits(args.digits, test_images, test_labels, args.count)
+    if args.data_dir.exists():
+        images, *_ = utils.read_idx_files(args.data_dir)
+        utils.save_picture(args.images_dir / "augmentation.png", draw_augmentation, images)
 
 
 if __name__ == "__main__":
