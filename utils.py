@@ -418,7 +418,10 @@ def load_model(path, model_class):
     Raises UserError if the files are not of such a run.
     """
     if not path.exists():
-        raise UserError(f"there is no {path}: train first, or name its --output-dir (as seed-1)")
+        raise UserError(
+            f"there is no {path}: train first, go on with --resume, or name the --output-dir of a "
+            f"finished run, such as {path.with_name('seed-1')}"
+        )
     weights = load_file(path)
     metrics = path.with_name("metrics.json")
     model = model_class().eval()
@@ -862,10 +865,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(text):
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
 
 
 def parse_args(name, description, batch_size, max_lr, argv=None):
@@ -909,7 +911,13 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         help="go on after the last finished epoch",
     )
     add("--target", type=float, help="exit with 3 unless the last five epochs reach it")
-    add("--data-dir", "--data_dir", type=Path, default=channel or "data", help="default: data")
+    add(
+        "--data-dir",
+        "--data_dir",
+        type=Path,
+        default=channel or "data",
+        help="for MNIST, which is downloaded if it is not there; default: data",
+    )
     add(
         "--output-dir",
         "--output_dir",
@@ -971,8 +979,8 @@ def set_up_device(name):
         torch.zeros(1, device=device).item()  # is it there, and has it memory?
     except Exception as error:  # noqa: BLE001 (each kind of device raises its own)
         raise UserError(
-            f"argument --device: {name}: {first_line(error)}; use another: auto, cpu, cuda, "
-            "cuda:N or mps"
+            f"argument --device: use auto, cpu, cuda, cuda:N or mps; {name} cannot be used here: "
+            f"{first_line(error)}"
         ) from None
     if not os.environ.get("OMP_NUM_THREADS"):
         # The layers are small, and threads that wait for each other spin: beside a busy process

@@ -299,7 +299,7 @@ def test_without_a_run_of_ones_own_m4_reads_with_the_published_model(run_script,
     refused(run_script("train_M4.py", *options, "--output-dir", "elsewhere"), "train first")
     (own / "seed-1").mkdir()
     (own / "seed-1" / "model.pt").touch()
-    refused(run_script("train_M4.py", *options), "name its --output-dir")
+    refused(run_script("train_M4.py", *options), "name the --output-dir of a finished run")
     (own / "model.pt").touch()
     refused(run_script("train_M4.py", *options), f"{Path('runs/M4/model.pt')} cannot be used")
 
