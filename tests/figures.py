@@ -470,6 +470,10 @@ def main():
     runs = read_results(RESULTS)
     print_ladder(runs)
     utils.save_picture(args.images_dir / "ladder.png", draw_ladder, runs)
+    for name in filter(runs.get, LADDER):
+        histories = list(runs[name].values())
+        picture = args.images_dir / f"{name}_training.png"
+        utils.save_picture(picture, utils.plot_training, name, histories, "test")
     if WHOLE in runs:
         print_ablation(runs)
     print_fewer(runs)
