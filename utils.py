@@ -567,8 +567,8 @@ def read_digits(args, model_class):
     path = args.output_dir / "model.pt"
     with file_errors():
         # Runs of several seeds leave their models in folders below: one of them is to be named.
-        is_first = not any(args.output_dir.glob("**/model.pt"))
-        if is_first and args.name == "M4" and args.output_dir == Path("runs/M4"):
+        is_default = args.name == "M4" and args.output_dir == Path("runs/M4")
+        if is_default and not any(args.output_dir.glob("**/model.pt")):
             say(f"there is no {path} yet: reading with the published {PUBLISHED}")
             path = PUBLISHED
         model, straightened = load_model(path, model_class)

@@ -139,7 +139,11 @@ def print_table(*rows):
     print()
     line = ["---"] * len(rows[0])
     for cells in (rows[0], line, *rows[1:]):
-        print(f"| {' | '.join(cells)} |")
+        print_row(cells)
+
+
+def print_row(cells):
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def mean_and_error(values, form, count=1):
@@ -254,7 +258,7 @@ def print_digits(path, test_images, labels, count):
     # Each core has a kind of its own.
     with multiprocessing.get_context("spawn").Pool(utils.THREADS) as pool:
         for kind, shares in zip(KINDS, pool.imap(read, KINDS), strict=True):
-            print(f"| {kind} |", " | ".join(f"{share:.1f}%" for share in shares), "|", flush=True)
+            print_row([kind, *(f"{share:.1f}%" for share in shares)])
 
 
 def read_kind(model, straightened, digits, labels, kind):
