@@ -554,6 +554,8 @@ def plot_misclassified(title, images, labels, logits):
 # Your own digit -----------------------------------------------------------------------------------
 
 SIDE = 96  # of the picture in which a digit is looked for, in pixels
+EVEN = 6  # gray levels by which JPEG may change an even page
+FAINT = 0.15  # what is fainter, for a digit's darkest ink of 1, is the paper's
 # The files that count as pictures in a folder. HEIC is refused, with advice.
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif")
 PICTURES += (".heic", ".heif")
@@ -635,7 +637,13 @@ def prepare_digit(file, straightened):
 
 
 def find_digit(page):
-    """Return the ink of a page's only digit, float (H, W), from 0 to 1. Raises ValueError."""
+    """Return the ink of a page's only digit, float (H, W), 0 or more. Raises ValueError."""
+    ink = (page - page[0, 0]).abs()
+    drawn = ink > EVEN
+    if max(page.shape) <= 28 and 0 < drawn.sum() == drawn[1:-1, 1:-1].sum():
+        # As in MNIST, there is nothing else on the page.
+        return ink * (ink > FAINT * ink.max())
+    page = scaled(page, max(2 * SIDE, *page.shape))
     for sign in (1, -1):  # for what is dark, then for what is light
         page = without_rows(without_rows(sign * page).T).T
         page = sign * with_margin(page)
@@ -685,7 +693,7 @@ def read_picture(file):
     page = 255 * (ImageStat.Stat(drawn, alpha).mean[0] < 128)  # for what is drawn on nothing
     gray = Image.composite(drawn, Image.new("L", picture.size, page), alpha)
     pixels = torch.frombuffer(bytearray(gray.tobytes()), dtype=torch.uint8).float()
-    return scaled(pixels.view(gray.height, gray.width), max(2 * SIDE, *gray.size))
+    return pixels.view(gray.height, gray.width)
 
 
 def to_gray_levels(picture):
@@ -706,7 +714,7 @@ def without_rows(gray):
     height, width = gray.shape
     plain = -spread(-spread(gray, 9, 1), 9, 1)  # without what is dark and less than 9 pixels high
     depth = plain - gray
-    thin = depth > 6 + 2 * depth.median()  # gray levels, and the page's own grain
+    thin = depth > EVEN + 2 * depth.median()  # the page's own grain
     # Hough's transform: for each slope, how many pixels lie on the line that starts at a row.
     row, column = thin.nonzero().T
     slopes = torch.linspace(-0.2, 0.2, 121)[:, None]
@@ -742,7 +750,7 @@ def find_ink(page):
         )
     ink = marks.clamp(min=0) / marks.max()
     is_digit = only_digit(spread(ink, 3, 3) > 0.3)
-    return ink * is_digit * (ink > 0.15)  # fainter is the paper's
+    return ink * is_digit * (ink > FAINT)
 
 
 def surroundings(gray, step):
@@ -761,7 +769,7 @@ def pen_marks(gray, depth):
     """
     nearby = spread(depth, 9, 9)
     grain = depth.abs().median()
-    mask = depth > (nearby / 4).clamp(min=6 + 3 * grain)  # 6: what JPEG does to an even page
+    mask = depth > (nearby / 4).clamp(min=EVEN + 3 * grain)
     is_edge = spread(gray, 3, 3) + spread(-gray, 3, 3) > nearby / 10
     marks = torch.zeros_like(depth)
     for mark in whole(mask):
