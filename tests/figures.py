@@ -43,10 +43,11 @@ KINDS += ("ruled paper", "cell of a form", "faint", "soft shadow", "hard shadow"
 def write_results(runs, path):
     """Write every epoch of the finished runs below `runs` to the CSV file `path`.
 
-    Its first lines say what they ran on. Raises UserError if runs that a table compares were made
+    Its first lines say which ran on what. Raises UserError if runs that a table compares were made
     with different settings.
     """
-    rows, environments, held = [], set(), set()
+    rows, held = [], set()
+    environments = {}  # for each, its runs, as the keys of a dictionary: each once, in order
     for run in (*LADDER, *ROWS):
         place = runs / run if run in LADDER else runs / "ablation" / directory(run)
         for record in read_runs(place):
@@ -58,11 +59,11 @@ def write_results(runs, path):
             if len(held) > 1:
                 raise utils.UserError(f"{place}: another --holdout or --limit than rows before")
             for epoch in record["history"]:
-                environments.add(epoch.pop("environment"))
+                environments.setdefault(epoch.pop("environment"), {})[run] = True
                 rows.append({"run": run, "seed": record["seed"]} | epoch)
     if not rows:
         raise utils.UserError(f"no finished run in {runs}/M1/seed-1 and so on")
-    lines = [f"# {environment}" for environment in sorted(environments)]
+    lines = [f"# {place}: {', '.join(names)}" for place, names in environments.items()]
     lines.append(f"# written on a machine with {processor()}")
     others = "".join(f", of {count:,} held-out ones for: {', '.join(PARTS)}" for count, _ in held)
     lines.append(f"# test_loss, test_acc: of the test images{others}")
@@ -128,8 +129,9 @@ def parameters(run):
 
 
 def minutes(histories):
-    """Return how long the quickest run took: others shared the machine."""
-    return min(sum(epoch["seconds"] for epoch in run) for run in histories.values()) / 60
+    """Return how long a run takes at the pace of the quickest epoch: others shared the machine."""
+    seconds = [epoch["seconds"] for history in histories.values() for epoch in history]
+    return min(seconds) * len(seconds) / len(histories) / 60
 
 
 # The tables ---------------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ def print_ladder(runs):
 
 def print_ablation(runs):
     """Print the whole recipe's means, and the others' mean differences ± standard errors."""
-    table = [["one part changed", "seeds", "accuracy", "loss"]]
+    table = [["one part changed", "seeds", "accuracy", "loss", "lowest of last five"]]
     for row in filter(runs.get, PARTS):
         cells = [row, str(len(differences(runs, row)))]
         for key, digits in (("test_acc", 2), ("test_loss", 4)):
@@ -179,7 +181,7 @@ def print_ablation(runs):
             else:
                 change = differences(runs, row, key)
                 cells.append(mean_and_error(change, f"+.{digits}f", len(change)))
-        table.append(cells)
+        table.append([*cells, lowest(runs[row])])
     print_table(*table)
 
 
