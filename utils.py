@@ -769,7 +769,7 @@ def pen_marks(gray, depth):
     """
     nearby = spread(depth, 9, 9)
     grain = depth.abs().median()
-    mask = depth > (nearby / 4).clamp(min=EVEN + 3 * grain)
+    mask = depth > (nearby / 3).clamp(min=EVEN + 3 * grain)
     is_edge = spread(gray, 3, 3) + spread(-gray, 3, 3) > nearby / 10
     marks = torch.zeros_like(depth)
     for mark in whole(mask):
@@ -839,7 +839,7 @@ def regions(mask):
         labels = labels.flatten()[labels.long() - 1] * mask
     numbers, counts = labels[mask].unique(return_counts=True)
     order = counts.argsort(descending=True)[:9]
-    return [labels == numbers[i] for i in order if counts[i] > 5]
+    return [labels == numbers[i] for i in order if counts[i] > 3]
 
 
 def scaled(picture, side=SIDE):
