@@ -554,8 +554,8 @@ def plot_misclassified(title, images, labels, logits):
 # Your own digit -----------------------------------------------------------------------------------
 
 SIDE = 96  # of the picture in which a digit is looked for, in pixels
-EVEN = 6  # gray levels by which JPEG may change an even page
-FAINT = 0.15  # what is fainter, for a digit's darkest ink of 1, is the paper's
+JPEG_NOISE = 6  # gray levels by which an even page may vary
+FAINT = 0.15  # of the darkest ink: what is fainter counts as paper
 # The files that count as pictures in a folder. HEIC is refused, with advice.
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif")
 PICTURES += (".heic", ".heif")
@@ -637,12 +637,14 @@ def prepare_digit(file, straightened):
 
 
 def find_digit(page):
-    """Return the ink of a page's only digit, float (H, W), 0 or more. Raises ValueError."""
+    """Return the ink of a page's only digit, float (H, W), from 0 to 1. Raises ValueError."""
     ink = (page - page[0, 0]).abs()
-    drawn = ink > EVEN
-    if max(page.shape) <= 28 and 0 < drawn.sum() == drawn[1:-1, 1:-1].sum():
-        # As in MNIST, there is nothing else on the page.
-        return ink * (ink > FAINT * ink.max())
+    drawn = ink > JPEG_NOISE
+    has_margin = drawn.sum() == drawn[1:-1, 1:-1].sum()
+    if max(page.shape) <= 28 and drawn.any() and has_margin:
+        # As in MNIST, the digit is all that there is on the page.
+        ink = ink / ink.max()
+        return ink * (ink > FAINT)
     page = scaled(page, max(2 * SIDE, *page.shape))
     for sign in (1, -1):  # for what is dark, then for what is light
         page = without_rows(without_rows(sign * page).T).T
@@ -714,7 +716,7 @@ def without_rows(gray):
     height, width = gray.shape
     plain = -spread(-spread(gray, 9, 1), 9, 1)  # without what is dark and less than 9 pixels high
     depth = plain - gray
-    thin = depth > EVEN + 2 * depth.median()  # the page's own grain
+    thin = depth > JPEG_NOISE + 2 * depth.median()  # the page's own grain
     # Hough's transform: for each slope, how many pixels lie on the line that starts at a row.
     row, column = thin.nonzero().T
     slopes = torch.linspace(-0.2, 0.2, 121)[:, None]
@@ -745,8 +747,8 @@ def find_ink(page):
     marks = max(found, key=lambda marks: marks.abs().sum())
     if marks.sum() <= 0:
         raise ValueError(
-            "there is no digit, drawn with a pen's strokes, that stands apart from the page "
-            "(of an animation, from its first picture)"
+            "there is no digit that is drawn with a pen and stands apart from the page; "
+            "of an animation, only the first picture is read"
         )
     ink = marks.clamp(min=0) / marks.max()
     is_digit = only_digit(spread(ink, 3, 3) > 0.3)
@@ -769,7 +771,8 @@ def pen_marks(gray, depth):
     """
     nearby = spread(depth, 9, 9)
     grain = depth.abs().median()
-    mask = depth > (nearby / 3).clamp(min=EVEN + 3 * grain)
+    # A third: with less, a digit melts into the edge of a shadow; with more, its faint parts go.
+    mask = depth > (nearby / 3).clamp(min=JPEG_NOISE + 3 * grain)
     is_edge = spread(gray, 3, 3) + spread(-gray, 3, 3) > nearby / 10
     marks = torch.zeros_like(depth)
     for mark in whole(mask):

@@ -46,8 +46,7 @@ def write_results(runs, path):
     Its first lines say which ran on what. Raises UserError if runs that a table compares were made
     with different settings.
     """
-    rows, held = [], set()
-    environments = {}  # for each, its runs, as the keys of a dictionary: each once, in order
+    rows, environments, held = [], {}, set()
     for run in (*LADDER, *ROWS):
         place = runs / run if run in LADDER else runs / "ablation" / directory(run)
         for record in read_runs(place):
@@ -59,11 +58,13 @@ def write_results(runs, path):
             if len(held) > 1:
                 raise utils.UserError(f"{place}: another --holdout or --limit than rows before")
             for epoch in record["history"]:
-                environments.setdefault(epoch.pop("environment"), {})[run] = True
+                names = environments.setdefault(epoch.pop("environment"), [])
+                if run not in names:
+                    names.append(run)
                 rows.append({"run": run, "seed": record["seed"]} | epoch)
     if not rows:
         raise utils.UserError(f"no finished run in {runs}/M1/seed-1 and so on")
-    lines = [f"# {place}: {', '.join(names)}" for place, names in environments.items()]
+    lines = [f"# {what}: {', '.join(names)}" for what, names in environments.items()]
     lines.append(f"# written on a machine with {processor()}")
     others = "".join(f", of {count:,} held-out ones for: {', '.join(PARTS)}" for count, _ in held)
     lines.append(f"# test_loss, test_acc: of the test images{others}")
@@ -131,7 +132,8 @@ def parameters(run):
 def minutes(histories):
     """Return how long a run takes at the pace of the quickest epoch: others shared the machine."""
     seconds = [epoch["seconds"] for history in histories.values() for epoch in history]
-    return min(seconds) * len(seconds) / len(histories) / 60
+    epochs = len(seconds) / len(histories)
+    return epochs * min(seconds) / 60
 
 
 # The tables ---------------------------------------------------------------------------------------
@@ -175,7 +177,7 @@ def print_ablation(runs):
     table = [["one part changed", "seeds", "accuracy", "loss", "lowest of last five"]]
     for row in filter(runs.get, PARTS):
         cells = [row, str(len(differences(runs, row)))]
-        for key, digits in (("test_acc", 2), ("test_loss", 4)):
+        for key, digits in (("test_acc", 2), ("test_loss", 5)):
             if row == WHOLE:
                 cells.append(f"{last(runs[row], key).mean():.{digits}f}")
             else:

@@ -257,7 +257,9 @@ def test_evidence_is_made_from_runs(small_md5, data_dir, tmp_path, monkeypatch, 
         ablation.main()
         utils.lock()
     figures.write_results(tmp_path, tmp_path / "results.csv")
-    assert "of 100 held-out" in (tmp_path / "results.csv").read_text()
+    head, _, comments = (tmp_path / "results.csv").read_text().partition("\n")
+    assert head.startswith("# cpu, ") and head.endswith(f": {', '.join(PARTS + FEWER)}")
+    assert "of 100 held-out" in comments
     runs = figures.read_results(tmp_path / "results.csv")
     assert list(runs) == PARTS + FEWER
     assert all(list(run) == [1, 2] for run in runs.values())
