@@ -7,7 +7,7 @@ RESULT    99.19% on average over seeds 1 to 5, lowest 99.14; never below 99.05 i
           epochs.
 
 ANALYSIS  As accurate as M1 with two fifths fewer parameters. With M4's recipe, this network ends at
-          99.35%: to do better it needs more than a recipe.
+          99.35%: to do better it needs more than that.
 """
 
 import torch
