@@ -639,13 +639,12 @@ def prepare_digit(file, straightened):
 
 def find_digit(page):
     """Return the ink of a page's only digit, float (H, W), from 0 to 1. Raises ValueError."""
-    ink = (page - page[0, 0]).abs()
-    drawn = ink > JPEG_NOISE
-    has_margin = drawn.sum() == drawn[1:-1, 1:-1].sum()
-    if max(page.shape) <= 28 and drawn.any() and has_margin:
-        # As in MNIST, the digit is all that there is on the page.
-        ink = ink / ink.max()
-        return ink * (ink > FAINT)
+    if max(page.shape) <= 28:
+        ink = (page - page[0, 0]).abs()
+        if ink.max() > JPEG_NOISE and has_margin(ink > JPEG_NOISE):
+            # As in MNIST, the digit is all that there is on the page.
+            ink = ink / ink.max()
+            return ink * (ink > FAINT)
     page = scaled(page, max(2 * SIDE, *page.shape))
     for sign in (1, -1):  # for what is dark, then for what is light
         page = without_rows(without_rows(sign * page).T).T
@@ -829,7 +828,11 @@ def only_digit(shape):
 
 def whole(mask):
     """Return those of the `regions` of `mask` that do not touch the border."""
-    return [region for region in regions(mask) if region.sum() == region[1:-1, 1:-1].sum()]
+    return list(filter(has_margin, regions(mask)))
+
+
+def has_margin(mask):
+    return mask.sum() == mask[1:-1, 1:-1].sum()
 
 
 def regions(mask):
