@@ -659,7 +659,7 @@ def with_margin(page):
     A shadow reaches the border, too: it fills a side, is thick, or has a digit of another tone.
     """
     small = scaled(page)
-    dark = small < page.mean()
+    dark = spread((small >= page.mean()).float(), 3, 3) < 1  # no noise
     area = dark.sum()
     sides = dark[0], dark[-1], dark[:, 0], dark[:, -1]
     is_cut = 0 < max(side.float().mean() for side in sides) < 1
@@ -734,16 +734,19 @@ def without_rows(gray):
 
 def spread(gray, height, width):
     """Return the highest value in a box of `height` by `width` pixels around each pixel."""
-    return F.max_pool2d(gray[None], (height, width), 1, (height // 2, width // 2))[0]
+    rows = F.max_pool1d(gray, width, 1, width // 2)  # by far quicker than max_pool2d
+    return F.max_pool1d(rows.T, height, 1, height // 2).T
 
 
 def find_ink(page):
     """Return the ink on a page: float (H, W), 0 to 1, SIDE long. Raises ValueError."""
     gray = scaled(page)
-    # A wide view has more page than digit in it; a narrow one, more of a small sheet than of its
-    # desk. The view counts in which the marks have most ink.
-    depths = [surroundings(gray, step) - gray for step in (12, 6)]
-    found = [pen_marks(gray, sign * depth) for depth in depths for sign in (1, -1)]
+    found = []
+    for shade in (gray, -gray):  # for what is dark, then for what is light
+        found.append(pen_marks(shade, surroundings(shade)))
+        # Not what is thick: the hole of a 0 is closed, too.
+        found.append(pen_marks(shade, closed(shade)).clamp(min=0))
+    # The view counts in which the marks have most ink.
     marks = max(found, key=lambda marks: marks.abs().sum())
     if marks.sum() <= 0:
         raise ValueError(
@@ -755,20 +758,30 @@ def find_ink(page):
     return ink * is_digit * (ink > FAINT)
 
 
-def surroundings(gray, step):
-    """Return the page without its marks: around each pixel the median of 7 x 7, `step` apart.
+def surroundings(gray):
+    """Return the page without all that stands out: the median of 7 x 7 pixels, 12 apart.
 
-    A median keeps the edges of shadows and of sheets of paper.
+    Without thick things, too: sheets of paper, hands. It cuts off the corners of a shadow.
     """
-    padded = F.pad(gray[None, None], [3 * step] * 4, "replicate")
-    return F.unfold(padded, 7, step).median(1).values.view_as(gray)
+    padded = F.pad(gray[None, None], [36] * 4, "replicate")
+    return F.unfold(padded, 7, 12).median(1).values.view_as(gray)
 
 
-def pen_marks(gray, depth):
-    """Return `depth` where a pen's strokes are, -`depth` on what is thicker, and else 0.
+def closed(gray):
+    """Return the page without what is dark and narrower than 11 pixels. Shadows stay, to their tips.
 
-    depth: by how many gray levels each pixel stands out from the page, either way.
+    They grow by a pixel, or a sheet that lies aslant would have a rim.
+    Source: https://scikit-image.org/docs/stable/api/skimage.morphology.html (closing)
     """
+    return -spread(-spread(gray, 11, 11), 13, 13)
+
+
+def pen_marks(gray, page):
+    """Return how much darker than the page a pen's strokes are, and 0 elsewhere.
+
+    page: `gray` without marks, in gray levels. What is thicker than a stroke counts less than 0.
+    """
+    depth = page - gray
     nearby = spread(depth, 9, 9)
     grain = depth.abs().median()
     # A third: with less, a digit melts into the edge of a shadow; with more, its faint parts go.
@@ -781,9 +794,11 @@ def pen_marks(gray, depth):
             continue
         holes = whole(~mark)
         thick = is_thick(mark & (depth > nearby / 2))  # the blurred loop of a bold 6 is no ink
-        # Sheets of paper and frames are no marks. An 8 may be a rectangle, too, but has two holes;
-        # the straightest zero fills 0.83 of one.
-        is_sheet = (thick or holes) and squareness(mark) > 0.8
+        # Sheets of paper and frames are no marks; a digit is a hole in its sheet, unless it stands
+        # out more. An 8 may be a rectangle, too, but has two holes; the straightest zero fills
+        # 0.83 of one.
+        square = squareness(mark)
+        is_sheet = holes and square > 0.8 or thick and square > 0.9
         is_frame = len(holes) == 1 and squareness(sum(holes, mark)) > 0.92
         if not is_sheet and not is_frame and len(holes) < 3:
             marks += depth * mark * (-1 if thick else 1)
