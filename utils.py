@@ -877,7 +877,6 @@ def box(mask):  # the first row and column, and those after the last
 # Command line and errors --------------------------------------------------------------------------
 
 SAGEMAKER = Path("/opt/ml")
-YES = "true", "1", "yes", "on"
 THREADS = torch.get_num_threads()  # as many as torch would use
 
 
@@ -934,7 +933,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     add(
         "--resume",
         type=str.lower,
-        choices=(*YES, "false", "0", "no", "off"),
+        choices=("true", "false"),
         nargs="?",
         const="true",
         default=str(spot.is_dir()),
@@ -981,7 +980,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
     if not 0 < len(seeds) == len(set(args.seeds)):
         parser.error("argument --seeds: give whole numbers below 2**32, each once")
     args.name = name
-    args.resume = args.resume in YES
+    args.resume = args.resume == "true"
     args.read_only_data = bool(channel) and args.data_dir == Path(channel)
     args.checkpoint_dir = args.checkpoint_dir or args.output_dir
     args.images_dir = args.images_dir or args.output_dir
