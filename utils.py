@@ -901,7 +901,7 @@ def whole_number(text):
 
 def parse_args(name, description, batch_size, max_lr, argv=None):
     """Return the command line's settings for model `name` ("M1" to "M4") as a namespace."""
-    channel = os.environ.get("SM_CHANNEL_TRAINING") or os.environ.get("SM_CHANNEL_TRAIN")
+    channel = os.getenv("SM_CHANNEL_TRAINING") or os.getenv("SM_CHANNEL_TRAIN")
     spot = SAGEMAKER / "checkpoints"
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -951,7 +951,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         "--output-dir",
         "--output_dir",
         type=Path,
-        default=os.environ.get("SM_MODEL_DIR") or f"runs/{name}",
+        default=os.getenv("SM_MODEL_DIR") or f"runs/{name}",
         help=f"default: runs/{name}",
     )
     add(
@@ -965,7 +965,7 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         "--images-dir",
         "--images_dir",
         type=Path,
-        default=os.environ.get("SM_OUTPUT_DATA_DIR"),
+        default=os.getenv("SM_OUTPUT_DATA_DIR"),
         help="for pictures; default: the output dir",
     )
     add("--predict", type=Path, nargs="+", help="read the digits in pictures, or folders of them")
@@ -1011,7 +1011,7 @@ def set_up_device(name):
             f"argument --device: use auto, cpu, cuda, cuda:N or mps; {name} cannot be used here: "
             f"{first_line(error)}"
         ) from None
-    if not os.environ.get("OMP_NUM_THREADS"):
+    if not os.getenv("OMP_NUM_THREADS"):
         # The layers are small, and threads that wait for each other spin: beside a busy process
         # an epoch on all cores takes ten times as long.
         torch.set_num_threads(max(1, THREADS // 2))
@@ -1032,7 +1032,7 @@ def file_errors():
 
 def launch(main):
     """Call `main` and exit with its status: 2 after a mistake, 130 after Ctrl-C."""
-    if os.environ.get("RANK", "0") not in ("", "0"):
+    if os.getenv("RANK", "0") != "0":
         say("This script is not distributed: only the process of rank 0 trains.")
         sys.exit(0)
     with contextlib.suppress(AttributeError):  # a notebook's output, or none at all
