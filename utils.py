@@ -375,7 +375,6 @@ class Run:
         self.summary = {"final_test_acc": accuracies[-1], "best_test_acc": max(accuracies)}
         if len(accuracies) >= 5:
             self.summary["last5_min"] = min(accuracies[-5:])
-            self.summary["last5_mean"] = statistics.mean(accuracies[-5:])
         self.summary["train_seconds"] = sum(row["seconds"] for row in self.history)
         self.parameters = sum(p.numel() for p in self.average.parameters())
         fields = "parameters", "seed", "config", "history", "summary"
