@@ -291,10 +291,9 @@ class Run:
                 part.load_state_dict(saved[name])
             self.history = saved["history"]
         except Exception as error:  # noqa: BLE001 (another program's may raise anything)
-            if not isinstance(error, (UserError, RuntimeError)):
-                error = "it is of another program or version"
             raise UserError(
-                f"cannot resume from {self.checkpoint}: {error}; "
+                f"cannot resume from {self.checkpoint}, which is not of this run "
+                f"({first_line(error)}): "
                 "use the same settings, another --output-dir, or --resume false"
             ) from None
         say(f"{self.checkpoint}: {len(self.history)} of {self.args.epochs} epochs are done")
