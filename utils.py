@@ -28,8 +28,9 @@ from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import torch
-from PIL import Image, ImageOps, ImageStat
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -689,11 +690,9 @@ def read_picture(file):
             f"{error}: save it as JPEG or PNG, not as HEIC, and with fewer pixels if it is large"
         )
         raise ValueError(getattr(error, "strerror", None) or advice) from None
-    drawn, alpha = picture.split()
-    page = 255 * (ImageStat.Stat(drawn, alpha).mean[0] < 128)  # for what is drawn on nothing
-    gray = Image.composite(drawn, Image.new("L", picture.size, page), alpha)
-    pixels = torch.frombuffer(bytearray(gray.tobytes()), dtype=torch.uint8).float()
-    return pixels.view(gray.height, gray.width)
+    gray, alpha = torch.tensor(numpy.array(picture)).float().unbind(2)
+    page = 255 * ((gray * alpha).sum() < 128 * alpha.sum())  # for what is drawn on nothing
+    return page + (gray - page) * alpha / 255
 
 
 def to_gray_levels(picture):
