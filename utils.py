@@ -683,7 +683,7 @@ def read_picture(file):
     """Return the picture in `file` in gray, float (H, W) from 0 to 255. Raises ValueError."""
     try:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        picture = ImageOps.exif_transpose(to_gray_levels(Image.open(file))).convert("LA")
+        picture = to_gray_levels(ImageOps.exif_transpose(Image.open(file))).convert("LA")
         picture.thumbnail((400, 400))  # a digit of a twentieth of that has 20, as MNIST's
     except Exception as error:  # noqa: BLE001 (a damaged picture may raise anything)
         advice = (
@@ -699,10 +699,9 @@ def to_gray_levels(picture):
     """Return a picture of 16 or 32 bits a pixel, or of floats, with its values from 0 to 255."""
     if picture.mode[0] not in "IF":
         return picture
-    deep = picture.convert("F")
-    low, high = deep.getextrema()
-    scale = 255 / (high - low or 1)
-    return deep.point(lambda value: (value - low) * scale)
+    values = numpy.float32(picture)
+    values = values - values.min()
+    return Image.fromarray(255 / (values.max() or 1) * values)
 
 
 def without_rows(gray):
