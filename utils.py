@@ -683,7 +683,12 @@ def read_picture(file):
     """Return the picture in `file` in gray, float (H, W) from 0 to 255. Raises ValueError."""
     try:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        picture = to_gray_levels(ImageOps.exif_transpose(Image.open(file))).convert("LA")
+        picture = ImageOps.exif_transpose(Image.open(file))
+        if picture.mode[0] in "IF":  # 16 or 32 bits a pixel, or floats
+            values = numpy.float32(picture)
+            values = values - values.min()
+            picture = Image.fromarray(255 / (values.max() or 1) * values)
+        picture = picture.convert("LA")
         picture.thumbnail((400, 400))  # a digit of a twentieth of that has 20, as MNIST's
     except Exception as error:  # noqa: BLE001 (a damaged picture may raise anything)
         advice = (
@@ -693,15 +698,6 @@ def read_picture(file):
     gray, alpha = torch.tensor(numpy.array(picture)).float().unbind(2)
     page = 255 * ((gray * alpha).sum() < 128 * alpha.sum())  # for what is drawn on nothing
     return page + (gray - page) * alpha / 255
-
-
-def to_gray_levels(picture):
-    """Return a picture of 16 or 32 bits a pixel, or of floats, with its values from 0 to 255."""
-    if picture.mode[0] not in "IF":
-        return picture
-    values = numpy.float32(picture)
-    values = values - values.min()
-    return Image.fromarray(255 / (values.max() or 1) * values)
 
 
 def without_rows(gray):
