@@ -932,34 +932,15 @@ def parse_args(name, description, batch_size, max_lr, argv=None):
         help="go on after the last finished epoch",
     )
     add("--target", type=float, help="exit with 3 unless the last five epochs reach it")
-    add(
-        "--data-dir",
-        "--data_dir",
-        type=Path,
-        default=channel or "data",
-        help="for MNIST, which is downloaded if it is not there; default: data",
-    )
-    add(
-        "--output-dir",
-        "--output_dir",
-        type=Path,
-        default=os.getenv("SM_MODEL_DIR") or f"runs/{name}",
-        help=f"default: runs/{name}",
-    )
-    add(
-        "--checkpoint-dir",
-        "--checkpoint_dir",
-        type=Path,
-        default=spot if spot.is_dir() else None,
-        help="for what --resume needs; default: the output dir",
-    )
-    add(
-        "--images-dir",
-        "--images_dir",
-        type=Path,
-        default=os.getenv("SM_OUTPUT_DATA_DIR"),
-        help="for pictures; default: the output dir",
-    )
+
+    def add_directory(purpose, default, text):
+        add(f"--{purpose}-dir", f"--{purpose}_dir", type=Path, default=default, help=text)
+
+    add_directory("data", channel or "data", "MNIST, downloaded if it is not there; default: data")
+    add_directory("output", os.getenv("SM_MODEL_DIR") or f"runs/{name}", f"default: runs/{name}")
+    checkpoints = spot if spot.is_dir() else None
+    add_directory("checkpoint", checkpoints, "what --resume needs; default: the output dir")
+    add_directory("images", os.getenv("SM_OUTPUT_DATA_DIR"), "pictures; default: the output dir")
     add("--predict", type=Path, nargs="+", help="read the digits in pictures, or folders of them")
     add("--_tuning_objective_metric", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
