@@ -1005,7 +1005,7 @@ def file_errors():
 
 def launch(main):
     """Call `main` and exit with its status: 2 after a mistake, 130 after Ctrl-C."""
-    if os.getenv("RANK", "0") != "0":
+    if os.getenv("RANK", "0") not in ("", "0"):
         say("This script is not distributed: only the process of rank 0 trains.")
         sys.exit(0)
     with contextlib.suppress(AttributeError):  # a notebook's output, or none at all
