@@ -220,15 +220,13 @@ def test_what_is_no_picture_is_refused(read, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="No such file"):
         utils.prepare_digit(path, True)
     number().save(path)
-    for content in (path.read_bytes()[:200], b"\0\0\0\x18ftypheic" + bytes(100)):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="JPEG or PNG"):
-            utils.prepare_digit(path, True)
-    # Pillow warns above this many of its 60,000 pixels, and refuses twice as many.
-    for most in (50_000, 20_000):
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
-        with pytest.raises(ValueError, match="60000 pixels"):
-            read(number())
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="JPEG or PNG"):
+        utils.prepare_digit(path, True)
+    # Pillow itself warns above this many of its 60,000 pixels.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    with pytest.raises(ValueError, match="60000 pixels"):
+        read(number())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -265,11 +263,9 @@ def test_predict_answers_every_picture_in_files_folders_and_patterns(predict, tm
     for name in ("$_^$.png", no_text, "below/a[1].webp", "a1.jpg"):
         number().save(folder / name)
     bad = tmp_path / "bad.png"
-    bad.write_text("")
+    bad.write_bytes(b"\0\0\0\x18ftypheic")
     done = predict(bad, folder, pictures=True)
     refused(done, "bad.png: ", "save it as JPEG or PNG")
-    assert done.stdout.count("sure") == 4
-    assert list(tmp_path.rglob("M2_predictions.png"))
     (table,) = tmp_path.rglob("M2_predictions.csv")
     first, *rest = csv.DictReader(table.read_text().splitlines())
     assert "JPEG" in first["refused"]
