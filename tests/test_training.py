@@ -12,11 +12,6 @@ NONE = {"rotation": 0, "shear": 0, "scale": 0, "shift": 0}
 CENTERED = torch.arange(28) - 13.5
 
 
-def small_data(count, batch_size):
-    images, labels = draw_digits(count, 1)
-    return utils.Data(images, labels, images, labels, batch_size)
-
-
 def augmented(shape, **limit):
     """Return 200 copies of a (28, 28) shape, (200, 28, 28), each augmented within one limit."""
     torch.manual_seed(0)
@@ -47,14 +42,14 @@ def assert_fills(values, limit):
 
 
 def test_batches_take_each_image_once_in_a_new_order_and_drop_the_incomplete_one():
-    data = small_data(47, 8)
-    data.train_images = torch.arange(47).view(47, 1, 1, 1).expand(47, 1, 28, 28).byte()
-    data.train_labels = torch.arange(47)
+    labels = torch.arange(47)
+    images = labels.byte().view(47, 1, 1, 1)
+    data = utils.Data(images, labels, images, labels, 8)
     orders = []
     for epoch in (1, 2):
         seen = []
         for images, labels in data.batches(epoch):
-            assert images.shape == (8, 1, 28, 28) and images.dtype == torch.float32
+            assert images.shape == (8, 1, 1, 1) and images.dtype == torch.float32
             assert torch.allclose(images[:, 0, 0, 0] * 255, labels.float())
             seen += labels.tolist()
         assert len(seen) == len(set(seen)) == 40 == 8 * data.batches_per_epoch
@@ -120,16 +115,16 @@ def test_average_is_that_of_weights_and_statistics():
     assert any("running_var" in key for key in expected)
     for key, value in expected.items():
         assert torch.allclose(averages[key], value, atol=1e-6), key
-        assert not torch.equal(value, model.state_dict()[key]), key
 
 
 def test_evaluation_is_exact_and_without_dropout():
     torch.manual_seed(0)
     model = models.MNIST_CNN_M4(0.5)
-    data = small_data(237, 8)
+    images, labels = draw_digits(237, 1)
+    data = utils.Data(images, labels, images, labels, 8)
     loss, accuracy, logits = utils.evaluate(model, data)
-    whole = model.eval()(utils.normalize(data.test_images / 255)).detach()
+    whole = model.eval()(utils.normalize(images / 255)).detach()
     assert torch.allclose(logits, whole, atol=1e-5)
-    assert loss == pytest.approx(nn.functional.cross_entropy(whole, data.test_labels).item())
-    right = whole.argmax(1) == data.test_labels
+    assert loss == pytest.approx(nn.functional.cross_entropy(whole, labels).item())
+    right = whole.argmax(1) == labels
     assert accuracy == pytest.approx(100 * right.double().mean().item())
