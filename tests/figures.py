@@ -71,8 +71,7 @@ def write_results(runs, path):
     lines.append(",".join(rows[0]))
     for row in rows:
         lines.append(",".join(map(cell, row.values())))
-    content = "\n".join(lines) + "\n"
-    utils.write_file(path, lambda file: file.write(content.encode()))
+    utils.write_text(path, "\n".join(lines) + "\n")
 
 
 def read_runs(place):
@@ -276,9 +275,7 @@ def read_kind(model, straightened, digits, labels, kind):
         except ValueError:
             refused += 1
             continue
-        with torch.inference_mode():
-            logits = model(utils.normalize(prepared / 255))
-        confidence, answer = logits.softmax(1)[0].max(0)
+        confidence, answer = model(utils.normalize(prepared / 255)).softmax(1)[0].max(0)
         if answer == labels[number] and kind not in NO_DIGIT:
             right += 1
         elif confidence > 0.9:
