@@ -126,8 +126,8 @@ def print_table(seconds):
 def run(row, *options):
     """Return what `measure` prints in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--row", row, *options]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    printed = subprocess.check_output(command, text=True)
+    return json.loads(printed.splitlines()[-1])
 
 
 def main():
