@@ -83,9 +83,7 @@ def history(directory):
 
 def same_weights(one, other):
     """Return whether two directories hold the same weights, bit for bit."""
-    one = torch.load(one / "model.pt", weights_only=True)
-    other = torch.load(other / "model.pt", weights_only=True)
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    return (one / "model.pt").read_bytes() == (other / "model.pt").read_bytes()
 
 
 def refused(done, *words):
