@@ -188,11 +188,4 @@ def run_script(sums, data_dir, tmp_path):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long, run by `python -m pytest -m slow`")
-
-
-def pytest_collection_modifyitems(config, items):
-    if config.option.markexpr:
-        return
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: python -m pytest -m slow"))
+    config.option.markexpr = config.option.markexpr or "not slow"
