@@ -14,13 +14,10 @@ import multiprocessing
 import platform
 import random
 import re
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
-from ablation import FEWER, PARTS, PLAIN, ROWS, WHOLE, directory
+from ablation import FEWER, PARTS, PLAIN, ROWS, WHOLE, directory  # which finds what follows
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 import models
