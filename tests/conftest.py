@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import runpy
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -47,11 +46,9 @@ def draw_digits(count, seed):
 
 
 def idx(tensor):
-    """Return a tensor as the content of an IDX file of bytes."""
-    if tensor.dim() == 4:
-        tensor = tensor[:, 0]
-    header = struct.pack(f">4B{tensor.dim()}I", 0, 0, 8, tensor.dim(), *tensor.shape)
-    return header + tensor.to(torch.uint8).numpy().tobytes()
+    """Return a tensor as the content of an IDX file, its header empty: only sums vouch for it."""
+    header = bytes(16 if tensor.dim() == 4 else 8)
+    return header + tensor.byte().numpy().tobytes()
 
 
 def place(contents, directory):
