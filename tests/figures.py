@@ -266,7 +266,7 @@ def read_kind(model, straightened, digits, labels, kind):
     torch.set_num_threads(1)
     right = refused = sure = 0
     for number, digit in enumerate(digits):
-        file = picture_file(kind, digit, digits[number - 1], random.Random(f"{kind}, {number}"))
+        file = picture_file(kind, digit, digits[number - 1], random.Random(f"{number}, {kind}"))
         try:
             prepared = utils.prepare_digit(file, straightened)
         except ValueError:
