@@ -290,11 +290,10 @@ class Run:
                     raise UserError(f"it was made with {key} {before}, not {now}")
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
-            self.history = saved["history"]
+            self.history = list(saved["history"])
         except Exception as error:  # noqa: BLE001 (another program's may raise anything)
             raise UserError(
-                f"cannot resume from {self.checkpoint}, which is not of this run "
-                f"({first_line(error)}): "
+                f"cannot resume from {self.checkpoint}, which is not of this run ({error}): "
                 "use the same settings, another --output-dir, or --resume false"
             ) from None
         say(f"{self.checkpoint}: {len(self.history)} of {self.args.epochs} epochs are done")
@@ -658,12 +657,14 @@ def with_margin(page):
     A shadow reaches the border, too: it fills a side, is thick, or has a digit of another tone.
     """
     small = scaled(page)
-    dark = spread((small >= page.mean()).float(), 3, 3) < 1  # no noise
+    dark = small < page.mean()
     area = dark.sum()
+    solid = spread((~dark).float(), 3, 3) < 1
+    is_noise = area > 0.3 * dark.numel() and solid.sum() < area / 5  # much ink, but no stroke
     sides = dark[0], dark[-1], dark[:, 0], dark[:, -1]
     is_cut = 0 < max(side.float().mean() for side in sides) < 1
     one_tone = (small < (page.min() + page.max()) / 2).sum() > area / 3
-    if not (is_cut and one_tone) or is_thick(dark):
+    if not (is_cut and one_tone) or is_noise or is_thick(dark):
         return page
     if any(region.sum() > 0.9 * area for region in regions(dark)):  # one piece, but for specks
         page = F.pad(page, [max(page.shape) // 4 + 1] * 4, value=page.max().item())
@@ -685,9 +686,10 @@ def read_picture(file):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         picture = ImageOps.exif_transpose(Image.open(file))
         if picture.mode[0] in "IF":  # 16 or 32 bits a pixel, or floats
-            values = numpy.float32(picture)
-            values = values - values.min()
-            picture = Image.fromarray(255 / (values.max() or 1) * values)
+            values = numpy.array(picture, numpy.float32)
+            values -= values.min()
+            values *= 255 / (values.max() or 1)
+            picture = Image.fromarray(values)
         picture = picture.convert("LA")
         picture.thumbnail((400, 400))  # a digit of a twentieth of that has 20, as MNIST's
     except Exception as error:  # noqa: BLE001 (a damaged picture may raise anything)
@@ -736,7 +738,7 @@ def find_ink(page):
     found = []
     for shade in (gray, -gray):  # for what is dark, then for what is light
         found.append(pen_marks(shade, surroundings(shade)))
-        # Not what is thick: the hole of a 0 is closed, too.
+        # Without what is thick: the inside of a small 0 is closed, too, and would count.
         found.append(pen_marks(shade, closed(shade)).clamp(min=0))
     # The view counts in which the marks have most ink.
     marks = max(found, key=lambda marks: marks.abs().sum())
@@ -760,9 +762,9 @@ def surroundings(gray):
 
 
 def closed(gray):
-    """Return the page without what is dark and narrower than 11 pixels. Shadows stay, to their tips.
+    """Return the page without what is dark and narrower than 11 pixels; shadows keep their tips.
 
-    They grow by a pixel, or a sheet that lies aslant would have a rim.
+    What stays grows by a pixel: a sheet that lies aslant would keep a rim.
     Source: https://scikit-image.org/docs/stable/api/skimage.morphology.html (closing)
     """
     return -spread(-spread(gray, 11, 11), 13, 13)
@@ -786,9 +788,9 @@ def pen_marks(gray, page):
             continue
         holes = whole(~mark)
         thick = is_thick(mark & (depth > nearby / 2))  # the blurred loop of a bold 6 is no ink
-        # Sheets of paper and frames are no marks; a digit is a hole in its sheet, unless it stands
-        # out more. An 8 may be a rectangle, too, but has two holes; the straightest zero fills
-        # 0.83 of one.
+        # Sheets of paper and frames are no marks. In a sheet the digit is a hole, if it is not
+        # what stands out most. The straightest zero and its hole fill 0.83 of a rectangle. An 8
+        # may be a rectangle, too, but has two holes.
         square = squareness(mark)
         is_sheet = holes and square > 0.8 or thick and square > 0.9
         is_frame = len(holes) == 1 and squareness(sum(holes, mark)) > 0.92
@@ -802,7 +804,7 @@ def is_thick(mask):
 
     Of 2,500 test images 6 do, bold ones.
     """
-    side = int((0.26 * mask.sum()).sqrt()) + 2 | 1  # odd, and a blurred edge larger
+    side = max(7, int((0.26 * mask.sum()).sqrt()) + 2 | 1)  # odd, and a blurred edge larger
     rest = F.pad((~mask).float(), [1] * 4, value=1)  # the square must not leave the picture
     return not spread(rest, side, side).all()
 

@@ -46,7 +46,7 @@ def draw_digits(count, seed):
 
 
 def idx(tensor):
-    """Return a tensor as the content of an IDX file, its header empty: only sums vouch for it."""
+    """Return a tensor as an IDX file, its header zeros: utils checks the MD5 sum alone."""
     header = bytes(16 if tensor.dim() == 4 else 8)
     return header + tensor.byte().numpy().tobytes()
 
@@ -183,5 +183,5 @@ def run_script(sums, data_dir, tmp_path):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: minutes long, run by `python -m pytest -m slow`")
+    config.addinivalue_line("markers", "slow: minutes long, run only by `python -m pytest -m slow`")
     config.option.markexpr = config.option.markexpr or "not slow"

@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 
 import torch
-from ablation import FEWER, PARTS, PLAIN, ROWS, WHOLE, directory  # which finds what follows
+from ablation import FEWER, PARTS, PLAIN, ROWS, WHOLE, directory  # and the path of the rest
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 import models
@@ -266,7 +266,7 @@ def read_kind(model, straightened, digits, labels, kind):
     torch.set_num_threads(1)
     right = refused = sure = 0
     for number, digit in enumerate(digits):
-        file = picture_file(kind, digit, digits[number - 1], random.Random(f"{number}, {kind}"))
+        file = picture_file(kind, digit, digits[number - 1], random.Random(f"{number} {kind}"))
         try:
             prepared = utils.prepare_digit(file, straightened)
         except ValueError:

@@ -10,7 +10,7 @@ import figures
 import pytest
 import torch
 from conftest import NETWORKS, draw_digits, refused
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 import utils
 
@@ -129,6 +129,12 @@ def test_a_digit_without_a_margin(error, sides):
     assert error(ImageOps.invert(cut), other=page) < 4
 
 
+def test_a_thin_digit_at_one_border(error):
+    page = Image.new("L", (200, 300))
+    ImageDraw.Draw(page).line((50, 60, 150, 60, 100, 230), 255, 5)
+    assert error(page.crop((50, 0, 200, 300)), other=page) < 4
+
+
 LINES = ["ruled paper", "cell of a form", "faint", "soft shadow", "hard shadow"]
 
 
@@ -140,8 +146,10 @@ def test_a_digit_on_lines_in_a_shadow_or_faint(error, kind, seed):
     assert error(page, other=digit) < 10
 
 
-def test_a_small_digit(error):
-    assert error(ImageOps.expand(number().resize((150, 100)), 500)) < 6
+@pytest.mark.parametrize("pen", [1, 9])
+def test_a_small_digit(error, pen):
+    digit = number().filter(ImageFilter.MaxFilter(pen))
+    assert error(ImageOps.expand(digit.resize((150, 100)), 400), other=digit) < 6
 
 
 def test_a_stroke_apart_belongs_to_its_digit_and_another_digit_does_not(read, error):

@@ -300,6 +300,7 @@ def test_digits_are_drawn_and_read_in_each_kind_of_picture():
 
 def test_m4_adds_straightening_to_m3_and_nothing_else():
     m3, m4 = ((ROOT / f"train_{name}.py").read_text() for name in ("M3", "M4"))
+    assert m4.partition("def main")[2].count("STRAIGHTEN") == 2
     less = m4.replace('        "straighten": STRAIGHTEN,\n', "").replace(", STRAIGHTEN)", ")")
     assert less.partition("def main")[2] == m3.replace("M3", "M4").partition("def main")[2]
 
