@@ -735,9 +735,11 @@ def spread(gray, height, width):
 def find_ink(page):
     """Return the ink on a page: float (H, W), 0 to 1, SIDE long. Raises ValueError."""
     gray = scaled(page)
+    plain = surroundings(gray)
     found = []
-    for shade in (gray, -gray):  # for what is dark, then for what is light
-        found.append(pen_marks(shade, surroundings(shade)))
+    for sign in (1, -1):  # for what is dark, then for what is light
+        shade = sign * gray
+        found.append(pen_marks(shade, sign * plain))
         # Without what is thick: the inside of a small 0 is closed, too, and would count.
         found.append(pen_marks(shade, closed(shade)).clamp(min=0))
     # The view counts in which the marks have most ink.
@@ -791,8 +793,7 @@ def pen_marks(gray, page):
         # Sheets of paper and frames are no marks. In a sheet the digit is a hole, if it is not
         # what stands out most. The straightest zero and its hole fill 0.83 of a rectangle. An 8
         # may be a rectangle, too, but has two holes.
-        square = squareness(mark)
-        is_sheet = holes and square > 0.8 or thick and square > 0.9
+        is_sheet = (thick or holes) and squareness(mark) > (0.8 if holes else 0.9)
         is_frame = len(holes) == 1 and squareness(sum(holes, mark)) > 0.92
         if not is_sheet and not is_frame and len(holes) < 3:
             marks += depth * mark * (-1 if thick else 1)
